@@ -1,0 +1,1170 @@
+"""Tests of LiteVAE, in the order of the files they test: litevae.py section by section, then train.py.
+
+    pip install -r requirements.txt pytest PyWavelets scikit-image diffusers && python -m pytest
+
+No network, no GPU. What a test compares with is an oracle (PyWavelets, diffusers, lpips, scikit-image, scipy,
+torch.distributions), the paper's equation written out as a loop, or a value worked out by hand.
+"""
+
+import ast
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import diffusers
+import lpips
+import numpy as np
+import pytest
+import pywt
+import scipy.ndimage
+import skimage.metrics
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import litevae
+import train
+from litevae import (LPIPS, PRESETS, SMC, DiagonalGaussianDistribution, HaarTransform, LiteVAE, LiteVAEEncoder,
+                     LiteVAEOutput, LiteVAEUNetBlock, MidBlock2D, ResBlock, ResBlockWithSMC, SDVAEDecoder,
+                     UNetDiscriminator, autoencoder_loss, discriminator_loss, load_checkpoint, save_checkpoint)
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_vae(**changes):
+    return LiteVAE(**{"size": "S", "latent_dim": 4, "decoder_channels": 8, **changes})
+
+
+def randomise(module, scale=0.2):
+    """Shift every parameter, so that gains, scales and biases are not at their neutral start."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return module
+
+
+def image_batch(*shape, dtype=torch.float32):
+    return torch.rand(*shape, dtype=dtype) * 2 - 1
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------
+# 1  Haar wavelet transform
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_haar_equals_pywavelets(level):
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    low, (h, v, d), *_ = pywt.wavedec2(x.numpy(), "haar", level=level)
+    expected = np.concatenate([low, h, v, d], axis=1)
+    assert np.abs(HaarTransform().dwt(x, level).numpy() - expected).max() < 1e-12
+    assert np.abs(HaarTransform().cascade(x, 3)[level - 1].numpy() - expected).max() < 1e-12
+
+
+def test_haar_by_hand():
+    bands = HaarTransform().dwt(torch.tensor([[1.0, 2.0], [4.0, 8.0]]).view(1, 1, 2, 2)).flatten()
+    assert bands.tolist() == [7.5, -4.5, -2.5, 1.5]  # L, H, V, D of the block 1 2 / 4 8
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_haar_inverse_is_exact_and_keeps_energy(memory_format):
+    x = torch.randn(2, 3, 24, 40, dtype=torch.float64).contiguous(memory_format=memory_format)
+    haar = HaarTransform()
+    w = haar(x)
+    assert (haar(w, inverse=True) - x).abs().max() < 1e-14
+    assert (haar.dwt(haar.idwt(x.repeat(1, 4, 1, 1))) - x.repeat(1, 4, 1, 1)).abs().max() < 1e-14
+    assert w.square().sum().item() == pytest.approx(x.square().sum().item(), rel=1e-14)
+
+
+def test_haar_gradients():
+    haar = HaarTransform()
+    x = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: haar.dwt(x, level=2), x)
+    assert torch.autograd.gradcheck(lambda x: tuple(haar.cascade(x)), x)
+    assert torch.autograd.gradcheck(haar.idwt, torch.randn(1, 8, 3, 2, dtype=torch.float64, requires_grad=True))
+
+
+def test_haar_computes_in_float32_under_autocast_and_in_half():
+    haar, x = HaarTransform(), torch.randn(1, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(haar.dwt(x, 3), haar.dwt(x, 3)) and haar.dwt(x, 3).dtype == torch.float32
+        assert (haar.dwt(x) - haar.dwt(x.double())).abs().max() < 1e-6
+        assert (haar.idwt(haar.dwt(x)) - x).abs().max() < 1e-6
+    half = x.bfloat16()
+    assert torch.equal(haar.dwt(half), haar.dwt(half.float()))
+
+
+def test_low_band_over_2_to_the_level_is_the_mean_of_the_pixels():
+    x = image_batch(1, 3, 16, 24, dtype=torch.float64)
+    for level in (1, 2, 3):
+        assert torch.allclose(HaarTransform().dwt(x, level)[:, :3] / 2**level, F.avg_pool2d(x, 2**level))
+
+
+def test_haar_refuses_odd_sizes():
+    with pytest.raises(ValueError, match="multiples of 8"):
+        HaarTransform().cascade(torch.zeros(1, 3, 12, 16))
+
+
+# ------------------------------------------------------------------------------------------------------
+# 2  Building blocks
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"stride": 2}, {"padding": 0}, {"kernel_size": 1}, {"bias": False, "kernel_size": 5}])
+def test_smc_equals_equation_3_as_a_loop(how):
+    smc = randomise(SMC(3, 4, **how), 0.5).double()
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
+    w, s, K = smc.weight, smc.scales, smc.kernel_size[0]
+    modulated = torch.zeros_like(w)
+    for j in range(4):  # output maps
+        total = 0.0
+        for i in range(3):  # input maps
+            for k in range(K * K):  # kernel positions
+                total += (s[i] * w[j, i, k // K, k % K]) ** 2
+        for i in range(3):
+            modulated[j, i] = s[i] * w[j, i] / torch.sqrt(total + smc.eps)
+    out = F.conv2d(x, smc.gain * modulated, smc.bias, how.get("stride", 1), how.get("padding", K // 2))
+    assert (smc(x) - out).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(smc, x[:1, :, :3, :3].clone().requires_grad_(True))
+
+
+@pytest.mark.parametrize("how", [{}, {"stride": 2}, {"bias": False}])
+def test_fused_smc_gives_the_same_output_from_a_plain_convolution(how):
+    smc, x = randomise(SMC(6, 5, **how), 0.5), torch.randn(2, 6, 9, 8)
+    fused = smc.fuse()
+    assert type(fused) is nn.Conv2d and torch.allclose(fused(x), smc(x), atol=1e-6)
+
+
+def test_smc_gradients_reach_weight_scales_and_gain():
+    smc = SMC(3, 4)
+    smc(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in smc.parameters())
+
+
+@pytest.mark.parametrize("block", [ResBlock, ResBlockWithSMC])
+def test_residual_blocks_add_their_skip_and_divide_by_the_scale(block):
+    x = torch.randn(2, 8, 6, 6)
+    same = block(8, scale_factor=2.0)
+    nn.init.zeros_(same.conv_out.weight), nn.init.zeros_(same.conv_out.bias)
+    assert torch.allclose(same(x), x / 2)
+    for use_conv, kernel in ((False, 1), (True, 3)):
+        wider = block(8, 12, use_conv=use_conv)
+        assert wider.skip_connection.kernel_size == (kernel, kernel)
+        nn.init.zeros_(wider.conv_out.weight), nn.init.zeros_(wider.conv_out.bias)
+        assert torch.allclose(wider(x), wider.skip_connection(x), atol=1e-6)
+    noisy = block(8, dropout=0.5)
+    assert not torch.equal(noisy(x), noisy(x)) and torch.equal(noisy.eval()(x), noisy(x))
+
+
+def test_smc_blocks_hold_no_group_norm_and_take_part_in_the_unet():
+    for module in (MidBlock2D(8, 8, use_smc=True), LiteVAEUNetBlock(12, 12, 8, (1, 2), use_smc=True)):
+        assert not any(isinstance(m, nn.GroupNorm) for m in module.modules())
+        x = torch.randn(1, 8 if isinstance(module, MidBlock2D) else 12, 4, 4)
+        module(x).square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_unet_hands_each_decoder_block_the_matching_encoder_output():
+    unet = LiteVAEUNetBlock(12, 12, 8, (1, 2), num_res_blocks=2)
+    seen = []
+    for block in [*unet.encoder_blocks, unet.mid_block, *unet.decoder_blocks]:
+        block.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    unet(torch.randn(1, 12, 4, 4))
+    for d in range(4):  # decoder block d reads the block before it and encoder block 3 - d
+        before, skip = seen[4 + d][1], seen[3 - d][1]
+        assert torch.equal(seen[5 + d][0], torch.cat([before, skip], dim=1))
+
+
+# ------------------------------------------------------------------------------------------------------
+# 3  Encoder
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("latent_dim, totals", [
+    (4, {"S": 1_035_692, "B": 6_750_636, "M": 32_750_124, "L": 41_422_380}),
+    (12, {"S": 1_038_012, "B": 6_755_260, "M": 32_754_748, "L": 41_431_612})])
+def test_encoder_parameter_counts(latent_dim, totals):
+    for size, total in totals.items():
+        with torch.device("meta"):
+            encoder = LiteVAEEncoder(latent_dim, PRESETS[size]["extractor"], PRESETS[size]["aggregator"])
+        assert count(encoder) == total
+        if latent_dim == 4:
+            assert PRESETS[size]["params"] == total
+
+
+def test_each_extractor_reads_its_own_level_and_the_aggregator_all_three():
+    encoder, seen = LiteVAEEncoder(4, *((16, (1, 2, 2)),) * 2), {}
+    for name, module in encoder.named_children():
+        module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
+    image = image_batch(1, 3, 32, 16)
+    encoder(image)
+    for level in (1, 2, 3):
+        expected = HaarTransform().dwt(image, level) / 2**level
+        assert torch.equal(seen[f"feature_extractor_L{level}"][0], expected)
+    pooled = [F.avg_pool2d(seen["feature_extractor_L1"][1], 4), F.avg_pool2d(seen["feature_extractor_L2"][1], 2),
+              seen["feature_extractor_L3"][1]]
+    assert torch.allclose(seen["feature_aggregator"][0], torch.cat(pooled, dim=1))
+
+
+# ------------------------------------------------------------------------------------------------------
+# 4  Decoder
+# ------------------------------------------------------------------------------------------------------
+
+
+def diffusers_decoder_names(name):
+    """Our (and the SD checkpoints') tensor name -> diffusers' name for it."""
+    for ours, theirs in [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_block.resnets.1."),
+                         ("mid.attn_1.norm.", "mid_block.attentions.0.group_norm."),
+                         ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
+                         ("mid.attn_1.", "mid_block.attentions.0.to_"), ("norm_out.", "conv_norm_out.")]:
+        if name.startswith(ours):
+            name = theirs + name[len(ours):]
+            break
+    if name.startswith("up."):
+        level, kind, rest = name[3:].split(".", 2)
+        name = f"up_blocks.{3 - int(level)}." + (f"resnets.{rest}" if kind == "block" else f"upsamplers.0.{rest}")
+    return name.replace("nin_shortcut", "conv_shortcut")
+
+
+def test_decoder_equals_diffusers_with_the_same_weights():
+    ours = SDVAEDecoder().eval()
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).decoder.eval()
+    randomise(ours, 0.02)
+    target = theirs.state_dict()
+    theirs.load_state_dict({diffusers_decoder_names(k): v.view(target[diffusers_decoder_names(k)].shape)
+                            for k, v in ours.state_dict().items()}, strict=True)
+    z = torch.randn(1, 4, 8, 6)
+    with torch.no_grad():
+        a, b = ours(z), theirs(z)
+    assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+def test_decoder_has_the_released_checkpoints_names_and_size():
+    with torch.device("meta"):
+        decoder = SDVAEDecoder()
+    assert count(decoder) == 49_490_179
+    shapes = {k: tuple(v.shape) for k, v in decoder.state_dict().items()}
+    assert len(shapes) == 138
+    for name, shape in {"conv_in.weight": (512, 4, 3, 3), "mid.block_1.norm1.weight": (512,),
+                        "mid.attn_1.q.weight": (512, 512, 1, 1), "mid.attn_1.proj_out.bias": (512,),
+                        "up.3.block.0.conv1.weight": (512, 512, 3, 3), "up.1.block.0.nin_shortcut.weight": (256, 512, 1, 1),
+                        "up.1.upsample.conv.weight": (256, 256, 3, 3), "up.0.block.2.conv2.weight": (128, 128, 3, 3),
+                        "norm_out.weight": (128,), "conv_out.weight": (3, 128, 3, 3)}.items():
+        assert shapes[name] == shape
+    assert not any(name.startswith("up.0.upsample") for name in shapes)
+
+
+def test_smc_decoder_holds_no_group_norm_and_fuses_without_a_change():
+    vae = randomise(small_vae(use_smc=True), 0.05).eval()
+    assert not any(isinstance(m, nn.GroupNorm) for m in vae.decoder.modules())
+    assert sum(isinstance(m, SMC) for m in vae.decoder.modules()) == 2 * (2 + 4 * 3) + 4 + 1
+    z = torch.randn(2, 4, 4, 6)
+    with torch.no_grad():
+        before = vae.decode(z).sample
+        after = vae.fuse().decode(z).sample
+    assert not any(isinstance(m, SMC) for m in vae.modules())
+    assert torch.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [8, 10, 16, 24, 128])
+def test_no_decoder_norm_has_groups_of_less_than_four_channels(channels):
+    with torch.device("meta"):
+        norms = [m for m in SDVAEDecoder(channels=channels).modules() if isinstance(m, nn.GroupNorm)]
+    assert norms and all(m.num_channels // m.num_groups >= 4 for m in norms)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 5  The autoencoder
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_posterior_equals_torch_distributions():
+    moments = torch.randn(3, 8, 4, 5)
+    ours = DiagonalGaussianDistribution(moments)
+    theirs = torch.distributions.Normal(moments[:, :4], (0.5 * moments[:, 4:]).exp())
+    standard = torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(theirs, standard).sum(dim=(1, 2, 3))
+    assert ours.kl().shape == (3,) and torch.allclose(ours.kl(), kl, rtol=1e-5)
+    assert torch.equal(ours.mode(), theirs.mean) and torch.allclose(ours.std, theirs.stddev)
+    noise = torch.randn(3, 4, 4, 5)
+    assert torch.allclose(ours.sample(noise=noise), theirs.mean + theirs.stddev * noise)
+    draws = torch.stack([ours.sample() for _ in range(2000)])
+    assert ((draws.mean(0) - theirs.mean) / theirs.stddev).abs().max() < 0.12
+    assert (draws.std(0) / theirs.stddev - 1).abs().max() < 0.1
+
+
+def test_posterior_draws_repeat_with_a_generator_and_logvar_is_clamped():
+    d = DiagonalGaussianDistribution(torch.randn(1, 8, 2, 2))
+    a, b = (d.sample(generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b) and not torch.equal(a, d.sample(generator=torch.Generator().manual_seed(6)))
+    wild = DiagonalGaussianDistribution(torch.tensor([[0.0], [1e4]]).view(1, 2, 1, 1))
+    assert wild.logvar.item() == 20 and math.isfinite(wild.kl().item())
+
+
+@pytest.mark.parametrize("output_type", ["image", "wavelet"])
+@pytest.mark.parametrize("use_smc, use_1x1_conv", [(False, False), (True, True)])
+def test_vae_shapes_gradients_and_wavelets(output_type, use_smc, use_1x1_conv):
+    vae = randomise(small_vae(output_type=output_type, use_smc=use_smc, use_1x1_conv=use_1x1_conv), 0.05)
+    x = image_batch(2, 3, 24, 40)
+    out = vae(x)
+    assert out.sample.shape == x.shape and out.wavelet.shape == (2, 12, 12, 20) and out.latent.shape == (2, 4, 3, 5)
+    assert torch.allclose(out.wavelet, HaarTransform().dwt(out.sample) / 2, atol=1e-6)
+    assert out.kl_reg.item() == pytest.approx(out.latent_dist.kl().mean().item())
+    (out.sample.square().sum() + out.kl_reg).backward()
+    assert [n for n, p in vae.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
+    assert torch.equal(vae(x, sample=False).latent, vae.encode(x).latent_dist.mode())
+    noise = torch.randn(2, 4, 3, 5)
+    d = vae.encode(x).latent_dist
+    assert torch.equal(vae(x, noise=noise).latent, d.mean + d.std * noise)
+
+
+def test_full_size_decoder_matches_across_output_types_where_they_share_stages():
+    image, wavelet = (small_vae(output_type=t).decoder for t in ("image", "wavelet"))
+    shared = {k: v.shape for k, v in wavelet.mid.state_dict().items()}
+    assert shared == {k: v.shape for k, v in image.mid.state_dict().items()}
+    assert wavelet.up[0].block[0].conv1.weight.shape == image.up[1].block[0].conv1.weight.shape
+
+
+@pytest.mark.parametrize("make", [lambda v: v.double(), lambda v: v.bfloat16()])
+def test_vae_runs_in_the_precision_of_its_weights(make):
+    vae = make(small_vae())
+    x = image_batch(1, 3, 16, 16).to(vae.dtype)
+    latent = vae.encode(x).latent_dist.sample()
+    assert latent.dtype == vae.dtype and vae.decode(latent).sample.isfinite().all()
+    assert vae.encode(x).latent_dist.kl().dtype in (torch.float32, torch.float64)
+
+
+def test_vae_under_bf16_autocast_stays_near_float32_and_trains():
+    vae = small_vae()
+    x, noise = image_batch(2, 3, 32, 32), torch.randn(2, 4, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = vae(x, noise=noise)
+    assert out.latent.dtype == out.kl_reg.dtype == torch.float32
+    assert (out.sample.float() - vae(x, noise=noise).sample).abs().mean() < 0.02
+    autoencoder_loss(out, x)[0].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in vae.parameters())
+
+
+@pytest.mark.parametrize("image, complaint", [
+    (torch.zeros(1, 3, 20, 16), "multiples of 8"), (torch.zeros(1, 1, 16, 16), "3, H, W"), (torch.zeros(3, 16, 16), "shape"),
+    (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "127.5"), (torch.zeros(0, 3, 16, 16), "shape")])
+def test_vae_says_what_images_it_takes(image, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        small_vae().encode(image)
+    assert "[-1, 1]" in str(error.value)
+
+
+def test_vae_refuses_bad_arguments_and_latents():
+    for bad in ({"size": "XL"}, {"output_type": "pixels"}, {"latent_dim": 0}):
+        with pytest.raises(ValueError):
+            small_vae(**bad)
+    with pytest.raises(ValueError, match="4, h, w"):
+        small_vae().decode(torch.zeros(1, 5, 2, 2))
+
+
+def test_code_written_for_autoencoderkl_runs_unchanged():
+    """What diffusers' training scripts and pipelines do with a VAE, run with theirs and with ours."""
+
+    def use(vae):
+        vae.requires_grad_(True)
+        vae.train()
+        assert vae.dtype == torch.float32 and vae.device.type == "cpu"
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
+        targets = image_batch(2, 3, 32, 32).to(dtype=vae.dtype)
+        posterior = vae.encode(targets).latent_dist
+        reconstructions = vae.decode(posterior.sample()).sample
+        nll = F.mse_loss(reconstructions.float(), targets.float(), reduction="none").sum() / 2
+        kl = torch.sum(posterior.kl()) / 2
+        last_layer = vae.decoder.conv_out.weight
+        assert torch.autograd.grad(nll, last_layer, retain_graph=True)[0].norm() > 0
+        (nll + 1e-6 * kl).backward()
+        optimizer.step()
+
+        vae.eval()
+        with torch.no_grad():
+            latents = vae.encode(targets).latent_dist.sample(generator=torch.Generator().manual_seed(0))
+            latents = latents * vae.config.scaling_factor
+            factor = 2 ** (len(vae.config.block_out_channels) - 1)
+            assert latents.shape == (2, vae.config.latent_channels, 32 // factor, 32 // factor)
+            image = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+            assert vae.encode(targets, return_dict=False)[0].mode().shape == latents.shape
+            assert vae(targets).sample.shape == image.shape == targets.shape
+
+    use(diffusers.AutoencoderKL(block_out_channels=(32, 32, 32, 32), latent_channels=4, layers_per_block=1,
+                                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
+    use(small_vae())
+    use(small_vae(output_type="wavelet", use_smc=True))
+
+
+def test_config_reads_like_a_dict_and_like_attributes():
+    config = small_vae(latent_dim=12).config
+    assert config.latent_dim == config["latent_dim"] == config.latent_channels == 12
+    assert set(config) == {"size", "latent_dim", "decoder_channels", "use_smc", "output_type", "use_1x1_conv", "scaling_factor"}
+    with pytest.raises(AttributeError, match="no 'blocks'"):
+        config.blocks
+
+
+def test_litevae_imports_torch_and_the_standard_library_alone():
+    tree = ast.parse((HERE / "litevae.py").read_text())
+    modules = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert modules - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_python_litevae_prints_counts_and_shapes(capsys):
+    litevae.main()
+    out = capsys.readouterr().out
+    for text in ("1,035,692", "6,750,636", "32,750,124", "41,422,380", "49,490,179", "6.75 M", "(1, 4, 32, 32)", "(1, 12, 64, 64)"):
+        assert text in out
+
+
+# ------------------------------------------------------------------------------------------------------
+# 6  Losses
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_l1_loss_by_hand():
+    assert litevae.l1_loss(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 1.0]])).item() == pytest.approx(1.25)
+
+
+def test_wavelet_loss_by_hand_ignores_the_low_band():
+    w, w_hat = torch.zeros(1, 12, 2, 2), torch.zeros(1, 12, 2, 2)
+    w_hat[:, :3] = 5.0  # L: does not count
+    w_hat[:, 3:6] = 0.3  # H: a third of what counts
+    expected = (math.hypot(0.3, 1e-3) + 2 * 1e-3) / 3
+    assert litevae.wavelet_loss(w_hat, w).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gaussian_loss_equals_scipys_filter():
+    x, x_hat = image_batch(2, 3, 12, 17), image_batch(2, 3, 12, 17)
+    blur = lambda a: scipy.ndimage.gaussian_filter(a.numpy(), (0, 0, 1.0, 1.0), mode="nearest", radius=(0, 0, 2, 2))  # noqa: E731
+    expected = np.abs((x.numpy() - blur(x)) - (x_hat.numpy() - blur(x_hat))).mean()
+    assert litevae.gaussian_loss(x_hat, x).item() == pytest.approx(expected, rel=1e-5)
+    assert litevae.gaussian_loss(x + 0.7, x).item() == pytest.approx(0.0, abs=1e-6)  # blind to brightness
+
+
+def test_kl_loss_keeps_ldms_balance():
+    mean, logvar, B, H, W = 0.5, -1.0, 2, 16, 24
+    d = DiagonalGaussianDistribution(torch.cat([torch.full((B, 4, 2, 3), mean), torch.full((B, 4, 2, 3), logvar)], dim=1))
+    per_element = 0.5 * (mean**2 + math.exp(logvar) - 1 - logvar)
+    x = image_batch(B, 3, H, W)
+    assert litevae.kl_loss(d, x).item() == pytest.approx(per_element * 4 * 2 * 3 / (3 * H * W), rel=1e-5)
+    # LDM: sum over pixels / B + 1e-6 * sum of KL / B. Ours times the number of pixel values must be the same.
+    ldm = (x - 0.1).abs().sum() / B + 1e-6 * d.kl().sum() / B
+    ours = (litevae.l1_loss(torch.full_like(x, 0.1), x) + 1e-6 * litevae.kl_loss(d, x)) * 3 * H * W
+    assert ours.item() == pytest.approx(ldm.item(), rel=1e-6)
+
+
+def test_hinge_losses_by_hand():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
+    assert litevae.hinge_d_loss(real, fake).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3)
+    assert litevae.hinge_g_loss(fake).item() == pytest.approx(-1 / 3)
+    assert discriminator_loss((real, real), (fake, fake)).item() == pytest.approx(2 * (2.5 + 5) / 3)
+
+
+def test_equation_1_adds_its_weighted_terms():
+    x = image_batch(2, 3, 16, 16)
+    out = small_vae()(x)
+    weights = {"l1": 1.0, "perceptual": 0.7, "wavelet": 0.3, "gaussian": 0.2, "kl": 0.1, "adv": 0.05}
+    total, terms = autoencoder_loss(out, x, weights, perceptual=lambda a, b: (a - b).square().mean(dim=(1, 2, 3)),
+                                    fake_logits=(torch.full((2, 1), 3.0), torch.full((2, 1, 16, 16), -1.0)))
+    expected = sum(weights[name] * terms[name] for name in weights)
+    assert set(terms) == {*weights, "recon"} and terms["adv"].item() == pytest.approx(-2.0)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert terms["recon"].item() == pytest.approx((total - 0.1 * terms["kl"] - 0.05 * terms["adv"]).item(), rel=1e-5)
+    assert terms["wavelet"].item() == pytest.approx(
+        litevae.wavelet_loss(HaarTransform().dwt(out.sample) / 2, HaarTransform().dwt(x) / 2).item(), rel=1e-5)
+    assert set(autoencoder_loss(out, x, {**weights, "wavelet": 0, "gaussian": 0})[1]) == {"l1", "kl", "recon"}
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory):
+    """A torch hub folder with a random file of the published VGG-16's layout; the classifier is not stored in full."""
+    hub = tmp_path_factory.mktemp("hub")
+    (hub / "checkpoints").mkdir()
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        layout = torchvision.models.vgg16().state_dict()
+    weights = {}
+    for name, tensor in layout.items():
+        if name.startswith("classifier"):
+            weights[name] = torch.zeros(1).expand(tensor.shape)
+        else:
+            weights[name] = torch.randn(tensor.shape) * (2 / max(1, tensor[0].numel())) ** 0.5 if tensor.ndim > 1 else \
+                0.1 * torch.randn(tensor.shape)
+    torch.save(weights, hub / "checkpoints" / "vgg16-397923af.pth")
+    return hub
+
+
+@pytest.fixture
+def vgg(vgg_file, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(vgg_file))
+    return vgg_file
+
+
+def test_lpips_equals_the_lpips_package(vgg):
+    ours = LPIPS()
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    file = torch.load(vgg / "checkpoints" / "vgg16-397923af.pth", weights_only=True)
+    for slice_ in theirs.net.children():
+        slice_.load_state_dict({k: file[f"features.{k}"] for k in slice_.state_dict()})
+    x, y = image_batch(3, 3, 32, 40), image_batch(3, 3, 32, 40)
+    expected = theirs(x, y).flatten()
+    assert torch.allclose(ours(x, y), expected, rtol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # computed in float32 all the same
+        assert torch.allclose(ours(x, y), expected, rtol=1e-4)
+
+
+def test_lpips_is_frozen_and_stays_in_eval_mode(vgg):
+    perceptual = LPIPS().train()
+    assert not any(m.training for m in perceptual.modules()) and not any(p.requires_grad for p in perceptual.parameters())
+    x = image_batch(1, 3, 32, 32).requires_grad_(True)
+    perceptual(x, image_batch(1, 3, 32, 32)).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_lpips_gradient_is_finite_where_all_features_vanish(vgg):
+    perceptual = LPIPS()
+    for layer in perceptual.net.net.slice1:
+        if isinstance(layer, nn.Conv2d):  # features so small that their squares vanish
+            nn.init.zeros_(layer.weight), nn.init.constant_(layer.bias, 1e-30)
+    x, constant = torch.zeros(1, 3, 32, 32, requires_grad=True), torch.zeros(1, 3, 32, 32)
+    perceptual.net(x, constant).sum().backward()
+    assert x.grad.isnan().any()  # the lpips package itself: what this guards against
+    x.grad = None
+    perceptual(x, constant).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("colour", [-1.0, 0.0, 1.0])
+def test_lpips_gradient_is_finite_on_constant_images(vgg, colour):
+    x = torch.full((1, 3, 32, 32), colour, requires_grad=True)
+    LPIPS()(x, torch.full((1, 3, 32, 32), colour)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No VGG-16 file and no network."""
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    return tmp_path
+
+
+def test_lpips_without_weights_names_the_file_and_the_place(offline):
+    with pytest.raises(FileNotFoundError) as error:
+        LPIPS()
+    assert "vgg16-397923af.pth" in str(error.value) and str(offline / "hub" / "checkpoints") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 7  Discriminator
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 72)])
+def test_discriminator_judges_each_image_and_each_pixel(size):
+    d = UNetDiscriminator(channels=8)
+    x = image_batch(3, 3, *size).requires_grad_(True)
+    glob, pixel = d(x)
+    assert glob.shape == (3, 1) and pixel.shape == (3, 1, *size)
+    # Pixel logits look at their own image, and at the pixel's surroundings first.
+    pixel[0, 0, 4, 4].backward()
+    assert x.grad[1:].abs().sum() == 0
+    near, far = x.grad[0, :, :8, :8].abs().mean(), x.grad[0, :, 8:, 8:].abs().mean()
+    assert near > far
+
+
+def test_discriminator_treats_images_one_by_one_and_has_no_batch_norm():
+    d = UNetDiscriminator(channels=8).eval()
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in d.modules())
+    x = image_batch(2, 3, 32, 32)
+    assert torch.allclose(d(x)[0][:1], d(x[:1])[0], atol=1e-6) and torch.allclose(d(x)[1][1:], d(x[1:])[1], atol=1e-5)
+
+
+def test_discriminator_layers_have_spectral_norm_one():
+    d = UNetDiscriminator(channels=8)
+    for _ in range(60):  # power iterations
+        d(torch.zeros(1, 3, 16, 16))
+    d.eval()
+    layers = [m for m in d.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) > 20
+    for layer in layers:
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1.0, abs=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Which loss moves which network
+# ------------------------------------------------------------------------------------------------------
+
+
+def grads(module):
+    return sum(p.grad.abs().sum().item() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("term", ["l1", "perceptual", "wavelet", "gaussian", "adv", "kl"])
+def test_every_term_reaches_the_networks_it_should(term, vgg):
+    vae, d, x = small_vae(), UNetDiscriminator(channels=8), image_batch(1, 3, 32, 32)
+    out = vae(x)
+    terms = autoencoder_loss(out, x, perceptual=LPIPS(), fake_logits=d(out.sample))[1]
+    terms[term].backward()
+    assert grads(vae.encoder) > 0
+    assert (grads(vae.decoder) > 0) == (term != "kl")
+    assert all(grads(e) > 0 for e in (vae.encoder.feature_extractor_L1, vae.encoder.feature_extractor_L2,
+                                      vae.encoder.feature_extractor_L3, vae.encoder.feature_aggregator))
+
+
+# ------------------------------------------------------------------------------------------------------
+# 8  Checkpoints
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_describes_itself(tmp_path):
+    vae, ema = small_vae(latent_dim=6, output_type="wavelet", use_1x1_conv=True), small_vae(latent_dim=6, output_type="wavelet",
+                                                                                         use_1x1_conv=True)
+    vae.config.scaling_factor = 0.7
+    save_checkpoint(tmp_path / "c.pt", vae, ema, step=3)
+    raw, averaged = LiteVAE.from_checkpoint(tmp_path / "c.pt", ema=False), LiteVAE.from_checkpoint(str(tmp_path / "c.pt"))
+    assert dict(raw.config) == dict(vae.config) and raw.config.scaling_factor == 0.7 and not raw.training
+    for loaded, saved in ((raw, vae), (averaged, ema)):
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), saved.state_dict().values(), strict=True))
+    save_checkpoint(tmp_path / "plain.pt", vae)
+    assert torch.equal(LiteVAE.from_checkpoint(tmp_path / "plain.pt").pre_conv.weight, vae.pre_conv.weight)
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        for k, v in value.items():
+            assert isinstance(k, (str, int))
+            yield from leaves(v)
+    else:
+        yield value
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, small_vae())
+    return path
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "one bit": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:],
+    "empty": lambda data: b"",
+    "text": lambda data: b"not a checkpoint at all",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoints_are_refused_in_one_sentence(checkpoint, kind):
+    checkpoint.write_bytes(DAMAGE[kind](checkpoint.read_bytes()))
+    with pytest.raises(ValueError, match="damaged") as error:
+        LiteVAE.from_checkpoint(checkpoint)
+    assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_foreign_and_missing_checkpoints_are_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no LiteVAE checkpoint"):
+        LiteVAE.from_checkpoint(tmp_path / "other.pt")
+    torch.save(small_vae(), tmp_path / "pickle.pt")  # a pickled object: never executed
+    with pytest.raises(ValueError, match="no checkpoint of this project"):
+        LiteVAE.from_checkpoint(tmp_path / "pickle.pt")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        LiteVAE.from_checkpoint(tmp_path / "nothing.pt")
+
+
+def test_a_fused_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="fuse"):
+        save_checkpoint(tmp_path / "c.pt", small_vae(use_smc=True).fuse())
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint(checkpoint, monkeypatch):
+    before = checkpoint.read_bytes()
+
+    def fail(obj, file):
+        file.write(b"half a checkpoint")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        save_checkpoint(checkpoint, small_vae())
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """A process that does nothing but save is killed with SIGKILL at random moments."""
+    path = tmp_path / "c.pt"
+    code = ("import sys, litevae\nvae = litevae.LiteVAE('S', decoder_channels=8)\nlitevae.save_checkpoint(sys.argv[1], vae)\n"
+            "print('ready', flush=True)\nwhile True: litevae.save_checkpoint(sys.argv[1], vae)")
+    for delay in (0.0, 0.013, 0.037, 0.081):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, cwd=HERE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        LiteVAE.from_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------------------------------
+# train.py: images
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_built_in_images_depend_on_seed_and_position_alone():
+    a, b = train.BuiltInImages(32, seed=3), train.BuiltInImages(32, seed=3)
+    assert a[5].shape == (3, 32, 32) and a[5].dtype == torch.uint8
+    b[0], b[1]
+    assert torch.equal(a[5], b[5])
+    assert not torch.equal(a[5], a[6]) and not torch.equal(a[5], train.BuiltInImages(32, seed=4)[5])
+
+
+def test_built_in_images_have_the_statistics_of_photographs():
+    x = torch.stack([train.BuiltInImages(64, seed=0)[i] for i in range(150)]).double().numpy() / 255  # (N, 3, H, W)
+    luminance = x.mean(axis=1)
+    spectrum = (np.abs(np.fft.fft2(luminance - luminance.mean(axis=(1, 2), keepdims=True))) ** 2).mean(axis=0)
+    f = np.hypot(*np.meshgrid(np.fft.fftfreq(64), np.fft.fftfreq(64)))
+    band = (f > 0.03) & (f < 0.35)
+    slope = np.polyfit(np.log(f[band]), np.log(spectrum[band]), 1)[0]
+    assert -3.2 < slope < -1.6  # power 1/f^2 (Field 1987)
+    pixels = x.transpose(1, 0, 2, 3).reshape(3, -1)
+    values, vectors = np.linalg.eigh(np.cov(pixels))
+    assert values[2] > 0.75 * values.sum()  # one colour axis dominates,
+    assert np.abs(vectors[:, 2] - vectors[:, 2].mean()).max() < 0.2  # and it is grey
+    assert 0.3 < pixels.mean() < 0.6 and 0.15 < luminance.std() < 0.35
+    detail = HaarTransform().dwt(torch.from_numpy(luminance)[:, None])[:, 1:].flatten().numpy()
+    assert ((detail / detail.std()) ** 4).mean() > 6  # sparse: a Gaussian's kurtosis is 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images as they are found in the wild: nested, odd modes and sizes, upper-case suffixes, broken ones."""
+    root = tmp_path / "images"
+    (root / "deep" / "er").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    photo = lambda w, h: Image.fromarray(rng.integers(0, 256, (h // 8 + 1, w // 8 + 1, 3), dtype=np.uint8)).resize((w, h))  # noqa: E731
+    photo(64, 48).save(root / "a.JPG")
+    photo(300, 200).save(root / "deep" / "b.jpeg", quality=95)
+    photo(40, 40).convert("L").save(root / "deep" / "grey.png")
+    photo(50, 40).quantize(16).save(root / "deep" / "er" / "palette.gif")
+    photo(7, 5).save(root / "tiny.png")
+    photo(33, 70).save(root / "deep" / "er" / "odd.webp")
+    (root / "broken.jpg").write_bytes((root / "a.JPG").read_bytes()[:300])
+    (root / "empty.png").write_bytes(b"")
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_folder_finds_all_images_and_survives_broken_ones(folder):
+    files = train.find_images(folder)
+    assert len(files) == 8 and not any(f.endswith(".txt") for f in files)
+    data = train.ImageFolder(files, 32, seed=0)
+    first_epoch = [data[i] for i in range(len(files))]
+    assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for x in first_epoch)
+    assert sorted(Path(f).name for f in data.unreadable()) == ["broken.jpg", "empty.png"]
+    assert data.unreadable() == []  # each is named once
+    [data[i] for i in range(len(files), 3 * len(files))]
+    assert data.unreadable() == []
+
+
+def test_folder_positions_repeat_and_epochs_shuffle(folder):
+    files = [f for f in train.find_images(folder) if "broken" not in f and "empty" not in f]
+    a, b = train.ImageFolder(files, 16, seed=1), train.ImageFolder(files, 16, seed=1)
+    assert torch.equal(a[20], b[20]) and torch.equal(a[3], b[3])
+    plain = train.ImageFolder(files, 16, augment=False)
+    assert torch.equal(plain[2], plain[2])
+    orders = []
+    for epoch in range(3):
+        a[epoch * len(files)]
+        orders.append(a.order.tolist())
+        assert sorted(orders[-1]) == list(range(len(files)))
+    assert len(set(map(tuple, orders))) > 1
+
+
+def test_workers_report_unreadable_files_to_the_main_process(folder):
+    data = train.ImageFolder(train.find_images(folder), 16)
+    data.broken.zero_()
+    stream = train.batches(data, 4, 0, train.Machine("cpu"), workers=2)
+    [next(stream) for _ in range(6)]
+    assert sorted(Path(f).name for f in data.unreadable()) == ["broken.jpg", "empty.png"]
+
+
+def save_and_load(tmp_path, image, name="x.png", resolution=16, **how):
+    image.save(tmp_path / name, **how)
+    return train.load_image(tmp_path / name, resolution)
+
+
+def test_every_kind_of_image_comes_out_as_rgb(tmp_path):
+    red = Image.new("RGB", (16, 16), (255, 0, 0))
+    assert (save_and_load(tmp_path, red) == [255, 0, 0]).all()
+    assert (save_and_load(tmp_path, red.quantize(4)) == [255, 0, 0]).all()
+    assert (save_and_load(tmp_path, Image.new("L", (16, 16), 77)) == [77, 77, 77]).all()
+    assert (save_and_load(tmp_path, Image.new("RGBA", (16, 16), (9, 9, 9, 0))) == [255, 255, 255]).all()  # on white
+    assert (save_and_load(tmp_path, Image.new("RGBA", (16, 16), (40, 50, 60, 255))) == [40, 50, 60]).all()
+    assert (save_and_load(tmp_path, Image.new("LA", (16, 16), (30, 255))) == [30, 30, 30]).all()
+    sixteen = Image.fromarray(np.full((16, 16), 128 * 257, dtype=np.uint16))
+    assert np.abs(save_and_load(tmp_path, sixteen).astype(int) - 128).max() <= 1
+    assert np.abs(save_and_load(tmp_path, red.convert("CMYK"), "x.tif").astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    upright = Image.new("RGB", (16, 16), "blue")
+    upright.paste("red", (0, 0, 16, 4))  # red on top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: viewers rotate it by 90 degrees clockwise
+    pixels = save_and_load(tmp_path, upright.transpose(Image.Transpose.ROTATE_90), "x.jpg", exif=exif, quality=100)
+    assert pixels[1, 8, 0] > 200 > 50 > pixels[12, 8, 0]
+
+
+def test_large_jpegs_decode_in_draft_mode_to_nearly_the_same_pixels(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).resize((1040, 800), Image.Resampling.BICUBIC).save(
+        tmp_path / "x.jpg", quality=95)
+    drafted = train.load_image(tmp_path / "x.jpg", 64).astype(float)
+    sizes, draft = [], Image.Image.draft
+    import PIL.JpegImagePlugin
+    monkeypatch.setattr(PIL.JpegImagePlugin.JpegImageFile, "draft", lambda self, mode, size: sizes.append(size))
+    plain = train.load_image(tmp_path / "x.jpg", 64).astype(float)
+    assert sizes and draft and np.abs(drafted - plain).mean() < 2.5
+
+
+def test_crops_keep_the_aspect_and_small_images_are_enlarged(tmp_path):
+    wide = Image.new("RGB", (64, 16), "white")
+    wide.paste("black", (24, 0, 40, 16))  # the centre square
+    assert (save_and_load(tmp_path, wide, resolution=32)[:, 2:-2] < 30).all()
+    rng = np.random.default_rng(0)
+    crops = [train.load_image(tmp_path / "x.png", 32, rng) for _ in range(20)]
+    assert all(c.shape == (32, 32, 3) for c in crops) and len({c.tobytes() for c in crops}) > 3
+
+
+# ------------------------------------------------------------------------------------------------------
+# train.py: looking, and around the step
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_equals_scikit_image_and_clamps():
+    x, y = image_batch(2, 3, 16, 16), image_batch(2, 3, 16, 16) * 1.3
+    for a, b, ours in zip(x, y, train.psnr(y, x)):
+        theirs = skimage.metrics.peak_signal_noise_ratio((a.numpy() + 1) / 2, np.clip((b.numpy() + 1) / 2, 0, 1), data_range=1)
+        assert ours.item() == pytest.approx(theirs, rel=1e-5)
+
+
+def test_grid_holds_the_images_it_was_given(tmp_path):
+    rows = [[torch.full((3, 8, 8), -1.0), torch.full((3, 8, 8), 1.0)], [torch.full((3, 8, 8), 0.0), torch.full((3, 8, 8), 2.0)]]
+    train.save_grid(tmp_path / "g.png", rows, gap=2)
+    pixels = np.asarray(Image.open(tmp_path / "g.png"))
+    assert pixels.shape == (18, 18, 3)
+    assert (pixels[:8, :8] == 0).all() and (pixels[:8, 10:] == 255).all() and (pixels[10:, :8] == 128).all()
+
+
+def test_ema_follows_its_recurrence():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema, expected = train.EMA(model, decay=0.3), 0.0
+    for n, value in enumerate([1.0, -2.0, 5.0, 0.5]):
+        nn.init.constant_(model.weight, value)
+        ema.update(model)
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_learning_rate_by_hand():
+    rate = lambda step: train.learning_rate(step, lr=1.0, warmup=10, decay_after=100)  # noqa: E731
+    assert rate(0) == pytest.approx(0.1) and rate(9) == rate(50) == rate(100) == 1 and rate(400) == pytest.approx(0.5)
+    assert train.learning_rate(10**6, 1e-4, 0, 0) == 1e-4
+
+
+def test_processes_share_batches_and_noise_of_one_stream():
+    class Shared(train.Machine):
+        def __init__(self, rank, world):
+            super().__init__("cpu")
+            self.rank, self.world = rank, world
+
+    class Positions:
+        def __getitem__(self, position):
+            return torch.tensor(position)
+
+    whole = train.batches(Positions(), 4, 3, Shared(0, 1), workers=0)
+    halves = [train.batches(Positions(), 4, 3, Shared(rank, 2), workers=0) for rank in (0, 1)]
+    for _ in range(3):
+        assert torch.equal(next(whole), torch.cat([next(h) for h in halves]))
+    assert torch.equal(Shared(0, 1).randn((4, 2, 3, 3), 7), torch.cat([Shared(r, 2).randn((2, 2, 3, 3), 7) for r in (0, 1)]))
+
+
+# ------------------------------------------------------------------------------------------------------
+# train.py: whole runs
+# ------------------------------------------------------------------------------------------------------
+
+TINY = ["--device", "cpu", "--workers", "0", "--size", "S", "--latent-dim", "4", "--decoder-channels", "8", "--resolution", "16",
+        "--batch-size", "2", "--log-every", "1", "--save-every", "1000"]
+GAN = ["--discriminator", "unet", "--disc-channels", "8", "--disc-start", "4", "--disc-warmup", "2"]
+
+
+def run(*args):
+    """train.py in this process; its exit status."""
+    return train.main([str(a) for a in args])
+
+
+def rows(out):
+    with open(Path(out) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a, b):
+    """Whether two checkpoints agree to the bit, step, optimisers and averages included; paths aside."""
+    a, b = load_checkpoint(a), load_checkpoint(b)
+
+    def equal(x, y):
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
+        return torch.equal(x, y) if torch.is_tensor(x) else x == y
+    return all(equal(a[k], b[k]) for k in ("model", "ema", "training", "step"))
+
+
+@pytest.mark.parametrize("options", [[], GAN], ids=["quick start", "with discriminator"])
+def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path, options):
+    assert run(*TINY, *options, "--steps", 20, "--out", tmp_path / "a") == 0
+    assert run(*TINY, *options, "--steps", 10, "--out", tmp_path / "b") == 0
+    assert run("--resume", "--steps", 20, "--out", tmp_path / "b") == 0
+    assert same(tmp_path / "a" / "checkpoint.pt", tmp_path / "b" / "checkpoint.pt")
+    a, b = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [r["step"] for r in a] == [r["step"] for r in b] == [str(i) for i in range(1, 21)]
+    assert [r["loss"] for r in a] == [r["loss"] for r in b]
+
+
+def test_resume_on_a_folder_with_workers_equals_an_uninterrupted_run(tmp_path, folder):
+    options = [*TINY, "--perceptual", "none", *GAN, "--workers", 2, "--data", folder, "--val", folder]
+    assert run(*options, "--steps", 8, "--out", tmp_path / "a") == 0
+    assert run(*options, "--steps", 5, "--out", tmp_path / "b") == 0
+    assert run("--resume", "--steps", 8, "--out", tmp_path / "b") == 0
+    assert same(tmp_path / "a" / "checkpoint.pt", tmp_path / "b" / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_saves_first(tmp_path, number, monkeypatch):
+    step = train.AutoencoderTask.step
+
+    def interrupted(self, image, index, log):
+        if index == 3:
+            os.kill(os.getpid(), number)
+        return step(self, image, index, log)
+    monkeypatch.setattr(train.AutoencoderTask, "step", interrupted)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert run(*TINY, "--steps", 6, "--out", tmp_path / "a") == 128 + number
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == 4
+    monkeypatch.setattr(train.AutoencoderTask, "step", step)
+    assert run("--resume", "--out", tmp_path / "a") == 0
+    assert run(*TINY, "--steps", 6, "--out", tmp_path / "b") == 0
+    assert same(tmp_path / "a" / "checkpoint.pt", tmp_path / "b" / "checkpoint.pt")
+
+
+def poison(monkeypatch, bad):
+    images = train.Machine.images
+    calls = iter(range(10**6))
+    monkeypatch.setattr(train.Machine, "images",
+                        lambda self, batch: images(self, batch) * (math.nan if next(calls) in bad else 1.0))
+
+
+@pytest.mark.parametrize("options", [[], GAN], ids=["quick start", "with discriminator"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_kept_out_of_the_average(tmp_path, monkeypatch, options):
+    poison(monkeypatch, {2, 4})
+    assert run(*TINY, *options, "--steps", 6, "--out", tmp_path / "a") == 0
+    checkpoint = load_checkpoint(tmp_path / "a" / "checkpoint.pt")
+    assert checkpoint["training"]["skipped"] == 2 and checkpoint["training"]["ema_updates"] == 4
+    assert all(v.isfinite().all() for k in ("model", "ema") for v in checkpoint[k].values())
+    assert [r["skipped"] for r in rows(tmp_path / "a")] == ["0", "0", "1", "1", "2", "2"]
+
+
+def test_many_steps_that_are_not_finite_stop_the_run_and_keep_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, set(range(4, 1000)))
+    assert run(*TINY, "--save-every", 3, "--steps", 60, "--out", tmp_path / "a") == 1
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == 3
+    error = capsys.readouterr().err
+    assert "not finite" in error and "--lr" in error and "Traceback" not in error
+
+
+def test_each_optimiser_moves_its_own_network_and_the_discriminator_warms_up(tmp_path):
+    args, _ = train.parse_args([*TINY, *GAN, "--steps", "20", "--out", str(tmp_path / "a")])
+    machine = train.Machine("cpu")
+    task, data, _ = train.prepare(args, machine, None)
+    image = machine.images(torch.stack([data[0], data[1]]))
+    snapshot = lambda module: [p.detach().clone() for p in module.parameters()]  # noqa: E731
+    moved = lambda before, module: any(not torch.equal(a, b) for a, b in zip(before, module.parameters()))  # noqa: E731
+    for step in range(7):
+        vae, d, ema = snapshot(task.vae), snapshot(task.discriminator), snapshot(task.ema.model)
+        values = task.step(image, step, log=True)
+        assert moved(vae, task.vae) and moved(ema, task.ema.model)
+        assert moved(d, task.discriminator) == (step >= 2)  # trains two steps before its loss counts at 4
+        assert ("adv" in values) == ("grad_ratio" in values) == (step >= 4)
+        if step >= 4:  # its weight ramps up over as many steps
+            assert values["adv_weight"] == pytest.approx(0.1 * min(1, (step - 3) / 2)) and values["grad_ratio"] > 0
+    assert {id(p) for g in task.optimizer.param_groups for p in g["params"]} == {id(p) for p in task.vae.parameters()}
+    assert {id(p) for g in task.d_optimizer.param_groups for p in g["params"]} == {id(p) for p in task.discriminator.parameters()}
+
+
+def test_the_discriminators_loss_changes_what_the_autoencoder_learns(tmp_path):
+    losses = {}
+    for weight in (0.0, 0.1):
+        run(*TINY, *GAN, "--disc-start", 1, "--disc-warmup", 1, "--weight-adv", weight, "--steps", 3, "--out", tmp_path / str(weight))
+        losses[weight] = load_checkpoint(tmp_path / str(weight) / "checkpoint.pt")["model"]["decoder.conv_out.weight"]
+    assert not torch.equal(losses[0.0], losses[0.1])
+
+
+def test_a_few_dozen_steps_reduce_the_loss(tmp_path):
+    assert run(*TINY, "--latent-dim", 12, "--resolution", 32, "--batch-size", 4, "--steps", 60, "--out", tmp_path / "a") == 0
+    l1 = [float(r["l1"]) for r in rows(tmp_path / "a")]
+    assert np.mean(l1[-10:]) < 0.7 * np.mean(l1[:10])
+    assert float(rows(tmp_path / "a")[-1]["psnr"]) > 12.5
+
+
+def test_a_run_leaves_checkpoint_log_and_picture(tmp_path):
+    out = tmp_path / "a"
+    assert run(*TINY, *GAN, "--weight-gaussian", 0.5, "--steps", 6, "--save-every", 3, "--out", out) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000003.png",
+                                                     "reconstructions-000006.png"]
+    assert Image.open(out / "reconstructions-000006.png").size == (8 * 18 - 2, 2 * 18 - 2)
+    last = rows(out)[-1]
+    for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "recon", "kl_nats", "latent_std", "latent_max", "d_loss",
+                 "posterior_std", "logits_real", "logits_fake", "adv_weight", "grad_ratio", "grad_norm", "images_per_second", "psnr"):
+        assert math.isfinite(float(last[name])), name
+    checkpoint = load_checkpoint(out / "checkpoint.pt")
+    assert all(isinstance(v, (torch.Tensor, int, float, str)) for v in leaves(checkpoint))
+    assert LiteVAE.from_checkpoint(out / "checkpoint.pt").config.scaling_factor != 1.0
+
+
+def test_second_stage_starts_from_a_checkpoint_and_its_shape(tmp_path):
+    run(*TINY, *GAN, "--steps", 5, "--out", tmp_path / "a")
+    first = load_checkpoint(tmp_path / "a" / "checkpoint.pt")
+    stage = ["--device", "cpu", "--workers", "0", "--batch-size", "2", "--init", tmp_path / "a" / "checkpoint.pt"]
+    assert run(*stage, *GAN, "--resolution", 32, "--steps", 5, "--lr", 1e-12, "--out", tmp_path / "b") == 0
+    second = load_checkpoint(tmp_path / "b" / "checkpoint.pt")
+    assert second["config"]["latent_dim"] == 4 and second["config"]["decoder_channels"] == 8
+    for name, tensor in first["ema"].items():  # the averaged weights, all but unmoved by so small a rate
+        assert torch.allclose(second["model"][name], tensor, atol=1e-6)
+    name = "to_global.parametrizations.weight.original"
+    assert torch.allclose(second["training"]["discriminator"][name], first["training"]["discriminator"][name], atol=1e-6)
+
+
+def test_training_with_lpips(tmp_path, vgg):
+    assert run(*TINY, "--perceptual", "lpips", "--steps", 2, "--out", tmp_path / "a") == 0
+    assert all(float(r["perceptual"]) > 0 for r in rows(tmp_path / "a"))
+
+
+def test_training_without_lpips_weights_stops_before_the_first_step(tmp_path, offline, folder, capsys):
+    assert run("--device", "cpu", "--data", folder, "--out", tmp_path / "a") == 1
+    error = capsys.readouterr().err
+    assert "vgg16-397923af.pth" in error and "checkpoints" in error and "--perceptual none" in error
+    assert error.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_the_defaults_with_data_are_the_papers(folder):
+    args, _ = train.parse_args(["--data", str(folder)])
+    assert (args.size, args.resolution, args.batch_size, args.lr, args.beta1, args.beta2) == ("B", 128, 16, 1e-4, 0.5, 0.9)
+    assert (args.perceptual, args.discriminator, args.decoder_channels, args.latent_dim) == ("lpips", "unet", 128, 4)
+
+
+@pytest.mark.parametrize("options", [["--no-use-smc"], ["--use-1x1-conv", "--output-type", "image"], ["--precision", "bf16"],
+                                     ["--size", "B"], ["--size", "M"], ["--size", "L"], ["--lr-decay-after", 0, "--beta1", 0.5]])
+def test_every_option_trains(tmp_path, options):
+    assert run(*TINY, *options, "--steps", 2, "--out", tmp_path / "a") == 0
+    assert all(math.isfinite(float(r["loss"])) for r in rows(tmp_path / "a"))
+
+
+BAD = {
+    "resolution": (["--resolution", 20], "multiple of 8"),
+    "discriminator too late": (["--discriminator", "unet", "--disc-start", 50, "--steps", 50], "beyond the last"),
+    "paper's start, short run": (["--discriminator", "unet", "--steps", 5, "--disc-start", 10_000], "--disc-start"),
+    "no steps": (["--steps", 0], "--steps must be at least 1"),
+    "not a number": (["--steps", "many"], "--steps"),
+    "unknown option": (["--stepz", 5], "--stepz"),
+    "unknown size": (["--size", "XL"], "--size"),
+    "device": (["--device", "cuda:99"], "--device"),
+    "negative rate": (["--lr", -1], "--lr"),
+    "no such folder": (["--data", "/no/such/folder"], "no folder"),
+    "nothing to resume": (["--resume", "--out", "{tmp}/none"], "no checkpoint at"),
+    "nothing to start from": (["--init", "{tmp}/none.pt"], "no checkpoint at"),
+    "shape of init": (["--init", "{tmp}/done/checkpoint.pt", "--latent-dim", 7], "--latent-dim 4, not 7"),
+    "shape of resume": (["--resume", "--out", "{tmp}/done", "--decoder-channels", 32, "--steps", 9], "--decoder-channels 8, not 32"),
+    "already there": (["--out", "{tmp}/done"], "--resume"),
+    "already done": (["--resume", "--out", "{tmp}/done"], "raise --steps"),
+    "empty folder": (["--data", "{tmp}/empty"], "no images"),
+    "only broken images": (["--data", "{tmp}/broken"], "can be read"),
+}
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("finished")
+    assert run(*TINY, "--steps", 2, "--out", tmp / "done") == 0
+    (tmp / "empty").mkdir()
+    (tmp / "broken").mkdir()
+    (tmp / "broken" / "x.jpg").write_bytes(b"nothing")
+    return tmp
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_impossible_arguments_fail_at_once_with_one_sentence(case, finished_run, tmp_path, capsys):
+    options, words = BAD[case]
+    options = [str(o).format(tmp=finished_run) for o in options]
+    if "--out" not in options:
+        options += ["--out", str(tmp_path / "new")]
+    assert run("--perceptual", "none", *options) == 1 if "--resume" not in options else run(*options) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("train.py: ") and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_states_every_default(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("default: S, with --data B", "default: 64, with --data 128", "with --data 0.0001", "multiple of 8", "default: auto"):
+        assert words in text
+    parser = train.build_parser()
+    assert all(action.help and ("default" in action.help or action.default in (None, argparse_suppress()))
+               for action in parser._actions)
+
+
+def argparse_suppress():
+    import argparse
+    return argparse.SUPPRESS
+
+
+def test_two_processes_follow_the_curve_of_one(tmp_path):
+    """torchrun with two processes and gloo, against one process with the same global batch."""
+    options = [*TINY, *GAN, "--batch-size", "4", "--steps", "8"]
+    assert run(*options, "--out", tmp_path / "one") == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"),
+                           *options, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=150,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [r["step"] for r in two] == [r["step"] for r in one] == [str(i) for i in range(1, 9)]  # one writer
+    for a, b in zip(one, two):
+        for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "d_loss"):
+            assert (a[name] == b[name] == "") or float(b[name]) == pytest.approx(float(a[name]), rel=2e-3, abs=1e-4), (a["step"], name)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000008.png"]
