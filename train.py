@@ -74,7 +74,8 @@ def dead_leaves(size, rng):
     built = rng.random()  # from nature, 0: ellipses with uneven outlines, to architecture, 1: upright boxes
     box = rng.random(n) < 0.15 + 0.6 * built
     uneven = np.where(box | (rng.random(n) < 0.3), 0, rng.uniform(0, 0.6, n))
-    angle = np.where(rng.random(n) < built, rng.normal(0, 0.05) + np.pi / 2 * rng.integers(0, 2, n), rng.uniform(0, np.pi, n))
+    upright = rng.normal(0, 0.05) + np.pi / 2 * rng.integers(0, 2, n)
+    angle = np.where(rng.random(n) < built, upright, rng.uniform(0, np.pi, n))
     aspect = np.exp(-np.abs(rng.normal(0, 0.7, n)))
     thin = rng.random(n) < 0.15  # twigs, wires, edges of doors
     radius[thin], aspect[thin] = 3 * radius[thin], rng.uniform(0.03, 0.12, thin.sum())
@@ -99,7 +100,8 @@ def dead_leaves(size, rng):
     look = np.zeros((n, 10), dtype=np.float32)
     saturation = rng.lognormal(0.2, 0.65) * (rng.random() > 0.04)  # some photographs are grey
     white_balance = rng.normal([0.45, 0.04, 0.0], [0.06, 0.045, 0.018])
-    look[:, :3] = white_balance + rng.normal(size=(n, 3)) * [0.26 * rng.lognormal(0, 0.33), 0.06 * saturation, 0.02 * saturation]
+    spread = [0.26 * rng.lognormal(0, 0.33), 0.06 * saturation, 0.02 * saturation]  # luminance dominates
+    look[:, :3] = white_balance + rng.normal(size=(n, 3)) * spread
     look[:, 3:5] = rng.normal(0, 0.2, (n, 2)) / np.maximum(radius, 8)[:, None]
     look[:, 5] = -(look[:, 3:5] * centre).sum(axis=1)  # no shading at the centre
     strength = rng.lognormal(-0.3, 0.9) * rng.lognormal(0, 1.2, (n, 4)) * [0.08, 0.1, 0.1, 0.12]
@@ -204,18 +206,19 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, position):
-        rng, index = None, position
+        index = position
         if self.augment:
             epoch, index = divmod(position, len(self.files))
             if epoch != self.epoch:
                 self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
                 self.epoch = epoch
             index = int(self.order[index])
-            rng = np.random.default_rng((self.seed, 1, position))
         for attempt in range(len(self.files)):
             candidate = (index + attempt) % len(self.files)
             if self.broken[candidate]:
                 continue
+            # A generator for each attempt: the crop must not depend on whether a broken file was known.
+            rng = np.random.default_rng((self.seed, 1, position)) if self.augment else None
             try:
                 pixels = load_image(self.files[candidate], self.resolution, rng)
             except Exception:  # PIL raises a dozen kinds for a dozen kinds of damage
@@ -248,11 +251,14 @@ def psnr(x_hat, x):
 
 
 def save_grid(path, rows, gap=2):
-    """Write a PNG of `rows`, each a list of (3, H, W) images in [-1, 1], separated by white gaps."""
-    pad = lambda x: torch.nn.functional.pad(to_pixels(x.cpu()), (0, gap, 0, gap), value=1.0)  # noqa: E731
-    grid = torch.cat([torch.cat([pad(x) for x in row], dim=2) for row in rows], dim=1)  # (3, rows H, columns W)
-    grid = (grid[:, :-gap, :-gap] * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(grid).save(path)
+    """Write a PNG of `rows`, each a list of (3, H, W) images in [-1, 1], with white gaps; small images enlarged."""
+    zoom = max(1, 128 // rows[0][0].shape[-1])
+    tile = lambda x: to_pixels(x.cpu()).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)  # noqa: E731
+    pad = lambda x: torch.nn.functional.pad(tile(x), (0, gap, 0, gap), value=1.0)  # noqa: E731
+    width = max(len(row) for row in rows)
+    rows = [list(row) + [torch.ones_like(row[0])] * (width - len(row)) for row in rows]  # a short last row
+    grid = torch.cat([torch.cat([pad(x) for x in row], dim=2) for row in rows], dim=1)[:, :-gap, :-gap]
+    Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -343,7 +349,7 @@ def _ignore_signals(worker):
 
 
 class StopSignal:
-    """Within it Ctrl-C and SIGTERM only set `.number`, so that a run can finish its step and save; a second one kills."""
+    """Within it Ctrl-C and SIGTERM only set `.number`: a run finishes its step and saves; a second one kills."""
 
     def __enter__(self):
         self.number = None
@@ -394,7 +400,8 @@ class Progress:
         self.printed = now
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
         done = 20 * step // self.steps
-        line = f"{step:>7}/{self.steps} [{'#' * done}{'.' * (20 - done)}] {text} | {int(left) // 60}:{int(left) % 60:02} left"
+        bar = f"[{'#' * done}{'.' * (20 - done)}]"
+        line = f"{step:>7}/{self.steps} {bar} {text} | {int(left) // 60}:{int(left) % 60:02} left"
         print(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n", flush=True)
 
     def say(self, text):
@@ -426,7 +433,8 @@ def optimizer_step(loss, parameters, optimizer, clip):
 
 def learning_rate(step, lr, warmup, decay_after):
     """Linear warm-up, constant, then lr / sqrt(step / decay_after), which needs no last step to aim at."""
-    return lr * min(1.0, (step + 1) / max(1, warmup)) * (decay_after / max(step, decay_after) if decay_after else 1) ** 0.5
+    decay = (decay_after / max(step, decay_after)) ** 0.5 if decay_after else 1.0
+    return lr * decay * min(1.0, (step + 1) / max(1, warmup))
 
 
 MAX_BAD_STEPS = 20  # not finite, in a row
@@ -462,8 +470,9 @@ def fit(task, args, machine, dataset, start):
             bad = 0 if finite else bad + 1
             task.skipped += not finite
             if bad == MAX_BAD_STEPS:
-                raise UsageError(f"the loss or its gradient was not finite in {bad} steps in a row up to step {done}: the last "
-                                 f"good checkpoint is in {args.out}, try a lower --lr or --precision fp32")
+                raise UsageError(f"the gradient was not finite in {bad} steps in a row up to step {done}: the last "
+                                 f"good checkpoint is in {args.out}, go on from it with a lower --lr or in "
+                                 "--precision fp32")
             if logged:
                 values = machine.mean(values)
             stopped = machine.any(stop.number is not None)
@@ -486,7 +495,8 @@ def fit(task, args, machine, dataset, start):
                 since, images = time.monotonic(), 0
             if stopped:
                 if main:
-                    progress.say(f"stopped after step {done} of {args.steps}; to go on: {sys.argv[0]} --resume --out {args.out}")
+                    progress.say(f"saved and stopped after step {done} of {args.steps}: "
+                                 f"go on with --resume --out {args.out}")
                 return 128 + (stop.number or signal.SIGTERM)
     return 0
 
@@ -626,12 +636,14 @@ def _load_optimizer(optimizer, state):
 # 5  Arguments
 # ------------------------------------------------------------------------------------------------------
 
-# What `python train.py` runs: the most PSNR that a few minutes on two CPU cores gave, see README. The SMC
-# decoder learns fastest here, predicting wavelets spares the full resolution, and gentle detail losses leave
-# more to L1. Without norms the latent may grow at this high a rate; LDM's KL weight times 1,000 holds it.
+# What `python train.py` runs: tuned for the PSNR that four minutes on two CPU cores can reach. Predicting
+# wavelets spares the decoder its costliest stage; gentle detail losses leave more to L1. No norm holds an
+# SMC decoder's input in place, and at this high a rate latents can run away: a longer warm-up and a KL
+# weight 1,000 times LDM's prevent it.
 QUICK_START = dict(
     size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True, use_1x1_conv=False,
-    resolution=64, batch_size=8, steps=1400, lr=3e-3, beta1=0.9, beta2=0.95, lr_warmup=100, lr_decay_after=100, ema=0.99,
+    resolution=64, batch_size=8, steps=1400,
+    lr=3e-3, beta1=0.9, beta2=0.95, lr_warmup=100, lr_decay_after=100, ema=0.99,
     perceptual="none", weight_wavelet=0.2, weight_gaussian=0.0, weight_kl=1e-3,
     discriminator="none", disc_start=0, disc_warmup=0, save_every=350, log_every=20)
 
@@ -640,14 +652,16 @@ QUICK_START = dict(
 # discriminator's loss counts once reconstructions are past their blurry start; EMA as in LDM and DiT.
 PAPER = dict(
     size="B", latent_dim=4, decoder_channels=128, output_type="image", use_smc=False, use_1x1_conv=False,
-    resolution=128, batch_size=16, steps=200_000, lr=1e-4, beta1=0.5, beta2=0.9, lr_warmup=0, lr_decay_after=0, ema=0.9999,
+    resolution=128, batch_size=16, steps=200_000,
+    lr=1e-4, beta1=0.5, beta2=0.9, lr_warmup=0, lr_decay_after=0, ema=0.9999,
     perceptual="lpips", weight_wavelet=LOSS_WEIGHTS["wavelet"], weight_gaussian=LOSS_WEIGHTS["gaussian"],
-    weight_kl=LOSS_WEIGHTS["kl"], discriminator="unet", disc_start=10_000, disc_warmup=1_000, save_every=2_000, log_every=50)
+    weight_kl=LOSS_WEIGHTS["kl"], discriminator="unet", disc_start=10_000, disc_warmup=1_000,
+    save_every=2_000, log_every=50)
 
 ARCHITECTURE = ("size", "latent_dim", "decoder_channels", "output_type", "use_smc", "use_1x1_conv")
 # What a resumed run may be given anew; all else is what it was.
-CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precision", "compile", "val", "data", "lr", "clip",
-              "resume", "out", "init"}
+CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precision", "compile", "data", "val", "lr",
+              "clip", "resume", "out"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -670,12 +684,14 @@ def build_parser():
         group.add_argument(name, help=text.replace("%", "%%"), default=None, **how)
 
     group = parser.add_argument_group("run")
-    option(group, "--data", "folder of images to train on, searched recursively; without it: built-in images", metavar="DIR")
+    option(group, "--data", "folder of images to train on, searched recursively; without it: built-in images",
+           metavar="DIR")
     option(group, "--val", "folder of held-out images; without it, 1 file in 20 of --data is held out, 64 at most",
            metavar="DIR")
-    option(group, "--out", "folder for checkpoint, log and pictures (default: runs/quickstart, with --data runs/litevae)",
-           metavar="DIR")
-    option(group, "--resume", "go on from --out's checkpoint, with the options it was started with", action="store_true")
+    option(group, "--out", "folder for checkpoint, log and pictures (default: runs/quickstart, with --data "
+           "runs/litevae)", metavar="DIR")
+    option(group, "--resume", "go on from --out's checkpoint, with the options it was started with",
+           action="store_true")
     option(group, "--init", "start from this checkpoint's averaged weights, e.g. --resolution 256 for the second stage",
            metavar="CKPT")
     option(group, "--steps", "updates of the autoencoder", type=int)
@@ -684,19 +700,23 @@ def build_parser():
     option(group, "--seed", "seed of weights, images and noise", type=int, default=0)
     option(group, "--save-every", "steps between checkpoints, pictures and held-out PSNR", type=int)
     option(group, "--log-every", "steps between rows of log.csv", type=int)
-    option(group, "--workers", "processes that load images (default: as many as cores, 8 at most; 0, the main process, on a CPU)", type=int)
+    option(group, "--workers", "processes that load images (default: as many as cores, 8 at most; on a CPU 0, which "
+           "is the main process)", type=int)
     option(group, "--device", "cuda, cuda:1, mps, cpu (default: the best there is)")
     option(group, "--precision", "bf16 runs the networks in bfloat16; auto does where the GPU is built for it",
            choices=["auto", "fp32", "bf16"], default="auto")
-    option(group, "--compile", "torch.compile the encoder and decoder: a slow start, then faster steps", action="store_true")
+    option(group, "--compile", "torch.compile the encoder and decoder: a slow start, then faster steps",
+           action="store_true")
 
     group = parser.add_argument_group("model")
     option(group, "--size", "encoder, Tables 23 and 24", choices=list(PRESETS))
     option(group, "--latent-dim", "channels of the latent, nz", type=int)
     option(group, "--decoder-channels", "width of the decoder; 128 is Stable Diffusion's", type=int)
     option(group, "--output-type", "what the decoder predicts", choices=["image", "wavelet"])
-    option(group, "--use-smc", "SMC instead of GroupNorm in the decoder, Sec. 4.2", action=argparse.BooleanOptionalAction)
-    option(group, "--use-1x1-conv", "1x1 convolutions around the latent, Table 17", action=argparse.BooleanOptionalAction)
+    option(group, "--use-smc", "SMC instead of GroupNorm in the decoder, Sec. 4.2",
+           action=argparse.BooleanOptionalAction)
+    option(group, "--use-1x1-conv", "1x1 convolutions around the latent, Table 17",
+           action=argparse.BooleanOptionalAction)
 
     group = parser.add_argument_group("optimisation")
     option(group, "--lr", "Adam's learning rate, of both networks", type=float)
@@ -734,9 +754,9 @@ def parse_args(argv=None):
         kept = checkpoint["args"]
         for key, value in given.items():
             if key not in CHANGEABLE and value != kept.get(key):
-                raise UsageError(f"the run in {out} was started with --{key.replace('_', '-')} {kept.get(key)}, "
-                                 f"not {value}: a resumed run keeps it, so leave the option out")
-        recipe = {**kept, "init": None}
+                raise UsageError(f"the run in {out} was started with {_flag(key)} {kept.get(key)}, not {value}: "
+                                 "a resumed run keeps it, so leave the option out")
+        recipe = kept
     else:
         if (out / "checkpoint.pt").exists():
             raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
@@ -746,13 +766,17 @@ def parse_args(argv=None):
             for key in ARCHITECTURE:
                 held = checkpoint["config"][key]
                 if given.get(key, held) != held:
-                    raise UsageError(f"{args.init} holds a LiteVAE with --{key.replace('_', '-')} {held}, not {given[key]}: "
-                                     "leave the option out, or train without --init")
+                    raise UsageError(f"{args.init} holds a LiteVAE with {_flag(key)} {held}, not {given[key]}: leave "
+                                     "the option out, or train without --init")
                 recipe[key] = held
     for key, value in {**recipe, **given, "out": str(out)}.items():
         setattr(args, key, value)
     _check(args, checkpoint)
     return args, checkpoint
+
+
+def _flag(key):
+    return "--" + key.replace("_", "-")
 
 
 def _load(path, option):
@@ -767,24 +791,24 @@ def _check(args, checkpoint):
     world = int(os.environ.get("WORLD_SIZE", 1))
     for key in ("steps", "batch_size", "latent_dim", "decoder_channels", "disc_channels", "save_every", "log_every"):
         if getattr(args, key) < 1:
-            raise UsageError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(args, key)}")
+            raise UsageError(f"{_flag(key)} must be at least 1, got {getattr(args, key)}")
     for key in ("disc_start", "disc_warmup", "lr_warmup", "lr_decay_after", "seed"):
         if getattr(args, key) < 0:
-            raise UsageError(f"--{key.replace('_', '-')} must not be negative, got {getattr(args, key)}")
+            raise UsageError(f"{_flag(key)} must not be negative, got {getattr(args, key)}")
     if args.workers is not None and args.workers < 0:
         raise UsageError(f"--workers must not be negative, got {args.workers}")
     if args.resolution < 8 or args.resolution % 8:
         raise UsageError(f"--resolution must be a multiple of 8, got {args.resolution}")
     if args.batch_size % world:
-        raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: make it a multiple of {world}")
+        raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: make it a multiple")
     if not args.lr > 0 or not args.clip > 0:
         raise UsageError(f"--lr and --clip must be above 0, got {args.lr} and {args.clip}")
     for key in ("ema", "beta1", "beta2"):
         if not 0 <= getattr(args, key) < 1:
             raise UsageError(f"--{key} must be at least 0 and below 1, got {getattr(args, key)}")
     if args.discriminator != "none" and args.disc_start >= args.steps:
-        raise UsageError(f"the discriminator's loss would start at step {args.disc_start}, beyond the last of {args.steps}: "
-                         "lower --disc-start, raise --steps, or go without it: --discriminator none")
+        raise UsageError(f"the discriminator's loss would start at step {args.disc_start}, beyond the last of "
+                         f"{args.steps}: lower --disc-start, raise --steps, or go without it: --discriminator none")
     if args.resume and checkpoint["step"] >= args.steps:
         raise UsageError(f"the run in {args.out} has done its {checkpoint['step']} steps: raise --steps to go on")
 
@@ -829,10 +853,11 @@ def prepare(args, machine, checkpoint):
         start = checkpoint["step"]
     if machine.rank == 0:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        count = sum(p.numel() for p in vae.parameters())
-        print(f"LiteVAE-{args.size} ({count / 1e6:.2f} M parameters, latent {args.resolution // 8}x{args.resolution // 8}x"
-              f"{args.latent_dim}), {about} at {args.resolution}x{args.resolution}, {len(held_out)} held out; "
-              f"{machine.device}{', bf16' if machine.bf16 else ''}, steps {start} to {args.steps} -> {args.out}", flush=True)
+        count, side = sum(p.numel() for p in vae.parameters()), args.resolution // 8
+        print(f"LiteVAE-{args.size}, {count / 1e6:.2f} M parameters, latent {side}x{side}x{args.latent_dim}; "
+              f"{about} at {args.resolution}x{args.resolution}, {len(held_out)} held out; "
+              f"{machine.device}, {'bf16' if machine.bf16 else 'fp32'}; steps {start} to {args.steps}; "
+              f"all goes to {args.out}", flush=True)
     return task, dataset, start
 
 
