@@ -713,7 +713,7 @@ class LPIPS(nn.Module):
             if not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(self.vgg_url, path, hash_prefix="397923af")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise FileNotFoundError(f"LPIPS needs the VGG-16 weights {self.vgg_url}: put the file at {path} "
                                     f"(loading it failed with: {_one_line(error)})") from None

@@ -273,6 +273,8 @@ class Machine:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if self.world > 1 and device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
         try:
             self.device = torch.device(device)
             torch.zeros(1, device=self.device)
@@ -281,7 +283,6 @@ class Machine:
         cuda = self.device.type == "cuda"
         if self.world > 1:
             if cuda:
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if cuda else "gloo")
         # bf16 has float32's range, so it needs no loss scaling; older GPUs only emulate it, slowly.
@@ -481,7 +482,7 @@ def fit(task, args, machine, dataset, start):
                 progress.show(done, " | ".join(f"{name} {values[name]:.4g}" for name in task.shown)
                               + f" | {values['images_per_second']:.1f} img/s")
                 for path in getattr(dataset, "unreadable", list)():
-                    progress.say(f"skipped, cannot be read: {path}")
+                    progress.say(f"skipped, cannot be read: {path} ({len(dataset.reported)} files so far)")
             if main and due:
                 report = task.report(done)
                 progress.say(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
