@@ -659,8 +659,8 @@ def wavelet_loss(w_hat, w, eps=1e-3):
 
 def gaussian_loss(x_hat, x, kernel_size=5, sigma=1.0):
     """L1 between x - h(x) and x_hat - h(x_hat) for a Gaussian blur h (Sec. 4.3): two (B, 3, H, W) -> ()."""
-    # Unspecified: size and sigma. sigma 1 passes detail up to about 6 pixels, which level-1 bands, at 2
-    # pixels, see only in part; five taps hold 99 % of that Gaussian's mass.
+    # Unspecified: size and sigma. x - h(x) for sigma 1 keeps waves shorter than about 5 pixels, of which the
+    # level-1 bands, on 2x2 blocks, see only a part; five taps hold 99 % of that Gaussian's mass.
     d = _at_least_float32(x_hat) - _at_least_float32(x)  # blurring is linear: one blur of the difference serves both
     return (d - gaussian_blur(d, kernel_size, sigma)).abs().mean()
 
