@@ -489,7 +489,7 @@ class LiteVAE(nn.Module):
 
     size            "S", "B", "M" or "L": the encoder, see PRESETS (Tables 23 and 24)
     latent_dim      nz, channels of the latent; the paper uses 4 and 12
-    decoder_channels  the decoder's width; 128 is Stable Diffusion's
+    decoder_channels  the decoder's width at full resolution; 128 is Stable Diffusion's
     use_smc         SMC instead of GroupNorm in the decoder (Sec. 4.2, Table 4)
     output_type     "image", or "wavelet": the decoder predicts level-1 bands at half the resolution and
                     the inverse transform, which is exact and free, does the last doubling
@@ -750,6 +750,8 @@ def discriminator_loss(real_logits, fake_logits):
 
 def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_logits=None):
     """Eq. 1, the autoencoder's side:  L_recon + lambda_reg L_reg + lambda_adv L_adv.
+
+    lambda_adv is a constant: the adaptive weight of Eq. 2 brings nothing (Sec. 4.3, Table 8, Fig. 7).
 
     output       what LiteVAE(image) returned
     perceptual   an LPIPS, or None to go without
