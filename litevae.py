@@ -72,7 +72,7 @@ class HaarTransform(nn.Module):
         if levels < 1 or x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
             raise ValueError(f"a {levels}-level Haar transform needs levels >= 1 and height and width that are "
                              f"multiples of {2**levels}, got an image of {x.shape[-2]}x{x.shape[-1]}")
-        low, bands = _at_least_float32(x), []
+        low, bands = x if x.dtype == torch.float64 else x.float(), []
         for _ in range(levels):
             top, bottom = low[..., 0::2, :] / 2, low[..., 1::2, :] / 2  # (B, C, H/2, W) each
             s, d = top + bottom, top - bottom
@@ -84,17 +84,14 @@ class HaarTransform(nn.Module):
 
     def idwt(self, w):
         """(B, 4C, H, W) -> (B, C, 2H, 2W): the exact inverse of one level, `idwt(dwt(x)) == x`."""
-        l, h, v, d = (_at_least_float32(w) / 2).chunk(4, dim=1)  # (B, C, H, W) each
+        w = w if w.dtype == torch.float64 else w.float()
+        l, h, v, d = (w / 2).chunk(4, dim=1)  # (B, C, H, W) each
         top = torch.stack([l + h + v + d, l + h - v - d], dim=-1).flatten(-2)  # a b: (B, C, H, 2W)
         bottom = torch.stack([l - h + v - d, l - h - v + d], dim=-1).flatten(-2)  # c d
         return torch.stack([top, bottom], dim=-2).flatten(-3, -2)  # (B, C, 2H, 2W)
 
     def forward(self, x, inverse=False):
         return self.idwt(x) if inverse else self.dwt(x)
-
-
-def _at_least_float32(x):
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -430,7 +427,8 @@ class DiagonalGaussianDistribution:
 
     def __init__(self, parameters):
         self.dtype = parameters.dtype
-        self.mean, self.logvar = _at_least_float32(parameters).chunk(2, dim=1)
+        parameters = parameters if parameters.dtype == torch.float64 else parameters.float()
+        self.mean, self.logvar = parameters.chunk(2, dim=1)
         self.logvar = self.logvar.clamp(-30.0, 20.0)  # as in LDM: std within [3e-7, 2.2e4]
         self.std = torch.exp(0.5 * self.logvar)
 
@@ -773,6 +771,10 @@ def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_
         terms["adv"] = sum(hinge_g_loss(fake) for fake in fake_logits)
         total = total + weights["adv"] * terms["adv"]
     return total, {**terms, "recon": recon}
+
+
+def _at_least_float32(x):
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _autocast_off(x):

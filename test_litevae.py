@@ -8,6 +8,7 @@ torch.distributions), the paper's equation written out as a loop, or a value wor
 
 import ast
 import csv
+import inspect
 import io
 import math
 import os
@@ -430,6 +431,14 @@ def test_litevae_imports_torch_and_the_standard_library_alone():
     modules = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert modules - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_blocks_run_when_copied_out_with_torch_alone():
+    for block, use in [(HaarTransform, lambda c: c()(torch.randn(1, 3, 8, 8))), (SMC, lambda c: c(4, 8)(torch.randn(1, 4, 5, 5))),
+                       (DiagonalGaussianDistribution, lambda c: c(torch.randn(1, 8, 2, 2)).sample())]:
+        names = {"torch": torch, "nn": nn, "F": F}
+        exec(inspect.getsource(block), names)
+        assert use(names[block.__name__]).isfinite().all()
 
 
 def test_python_litevae_prints_counts_and_shapes(capsys):
