@@ -155,7 +155,14 @@ def group_norm(channels, min_channels=1):
     """GroupNorm with 32 groups, or as many fewer as divide `channels` into groups of at least min_channels."""
     # Differs: the pseudocode's 32 groups cannot divide LiteVAE-S's 16 channels, nor its 48-channel
     # concatenations. The greatest common divisor is 32 wherever 32 is possible.
-    return nn.GroupNorm(math.gcd(32, channels, channels // min_channels), channels, eps=1e-6)
+    return GroupNorm(math.gcd(32, channels, channels // min_channels), channels, eps=1e-6)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that also takes groups of a single value, as one 8x8 image has them at level 3."""
+
+    def forward(self, x):
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -260,12 +267,12 @@ class LiteVAEUNetBlock(nn.Module):
         x = self.in_layer(x)  # (B, model_channels, H, W)
         skip_features = []
         for block in self.encoder_blocks:
-            x = block(x)
+            x = block(x)  # (B, model_channels * mult, H, W)
             skip_features.append(x)
-        x = self.mid_block(x)
+        x = self.mid_block(x)  # (B, model_channels * ch_multiplies[-1], H, W)
         for block in self.decoder_blocks:
             x = block(torch.cat([x, skip_features.pop()], dim=1))
-        return self.out_layer(x)
+        return self.out_layer(x)  # (B, out_channels, H, W)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -700,18 +707,18 @@ class LPIPS(nn.Module):
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")  # lpips calls torchvision with an argument it deprecates
             self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        vgg = self._vgg_weights()
-        for layer in self.net.net.children():  # slice1 to slice5, layers numbered as in torchvision's `features`
-            layer.load_state_dict({name: vgg[f"features.{name}"] for name in layer.state_dict()})
+        self._load_vgg()
         self.requires_grad_(False).eval()
 
-    def _vgg_weights(self):
+    def _load_vgg(self):
         path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(self.vgg_url))
         try:
             if not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(self.vgg_url, path, hash_prefix="397923af")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            vgg = torch.load(path, map_location="cpu", weights_only=True)
+            for layer in self.net.net.children():  # slice1 to slice5, layers numbered as in torchvision's `features`
+                layer.load_state_dict({name: vgg[f"features.{name}"] for name in layer.state_dict()})
         except Exception as error:
             raise FileNotFoundError(f"LPIPS needs the VGG-16 weights {self.vgg_url}: put the file at {path} "
                                     f"(loading it failed with: {_one_line(error)})") from None
@@ -720,8 +727,8 @@ class LPIPS(nn.Module):
         return super().train(False)  # dropout would make the metric noisy
 
     def forward(self, x_hat, x):
-        # Differs: lpips divides features by sqrt(sum f^2) + eps, whose gradient is NaN where all features
-        # of a position are zero, as they can be on constant images. Here eps stands under the root.
+        # Differs: lpips divides features by sqrt(sum f^2) + eps, whose gradient is NaN where the squares of
+        # a position's features all vanish, as on flat images they may. Here eps stands under the root.
         with _autocast_off(x):
             total = 0.0
             features = (self.net.net(self.net.scaling_layer(_at_least_float32(a))) for a in (x_hat, x))
@@ -733,12 +740,12 @@ class LPIPS(nn.Module):
 
 def hinge_d_loss(real, fake):
     """Hinge loss of the discriminator: max(0, 1 - real) + max(0, 1 + fake), averaged: two logits -> ()."""
-    return F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean()
+    return F.relu(1.0 - _at_least_float32(real)).mean() + F.relu(1.0 + _at_least_float32(fake)).mean()
 
 
 def hinge_g_loss(fake):
     """Hinge loss of the generator: -fake, averaged: logits -> ()."""
-    return -fake.float().mean()
+    return -_at_least_float32(fake).mean()
 
 
 def discriminator_loss(real_logits, fake_logits):

@@ -340,6 +340,16 @@ def test_vae_shapes_gradients_and_wavelets(output_type, use_smc, use_1x1_conv):
     assert torch.equal(vae(x, noise=noise).latent, d.mean + d.std * noise)
 
 
+@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 3, 8, 24)])
+def test_every_size_takes_the_smallest_images(size, shape):
+    vae = small_vae(size=size)
+    out = vae(image_batch(*shape))
+    assert out.sample.shape == shape and out.sample.isfinite().all()
+    autoencoder_loss(out, torch.zeros(shape))[0].backward()
+    assert all(p.grad.isfinite().all() for p in vae.parameters())
+
+
 def test_full_size_decoder_matches_across_output_types_where_they_share_stages():
     image, wavelet = (small_vae(output_type=t).decoder for t in ("image", "wavelet"))
     shared = {k: v.shape for k, v in wavelet.mid.state_dict().items()}
@@ -589,6 +599,18 @@ def test_lpips_without_weights_names_the_file_and_the_place(offline):
         LPIPS()
     assert "vgg16-397923af.pth" in str(error.value) and str(offline / "hub" / "checkpoints") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_vgg_file_is_named_too(offline):
+    path = offline / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    for content in (b"not weights", None):
+        torch.save({"features.0.weight": torch.zeros(1)}, path)  # weights, but of something else
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth") as error:
+            LPIPS()
+        assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -936,11 +958,15 @@ def test_processes_share_batches_and_noise_of_one_stream():
         def __getitem__(self, position):
             return torch.tensor(position)
 
+    def noise(rank, world):
+        torch.manual_seed(7)
+        return Shared(rank, world).randn((4 // world, 2, 3, 3))
+
     whole = train.batches(Positions(), 4, 3, Shared(0, 1), workers=0)
     halves = [train.batches(Positions(), 4, 3, Shared(rank, 2), workers=0) for rank in (0, 1)]
     for _ in range(3):
         assert torch.equal(next(whole), torch.cat([next(h) for h in halves]))
-    assert torch.equal(Shared(0, 1).randn((4, 2, 3, 3), 7), torch.cat([Shared(r, 2).randn((2, 2, 3, 3), 7) for r in (0, 1)]))
+    assert torch.equal(noise(0, 1), torch.cat([noise(0, 2), noise(1, 2)]))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1051,7 +1077,9 @@ def test_many_steps_that_are_not_finite_stop_the_run_and_keep_the_good_checkpoin
     assert run(*TINY, "--save-every", 3, "--steps", 60, "--out", tmp_path / "a") == 1
     assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == 3
     error = capsys.readouterr().err
-    assert "not finite" in error and "--lr" in error and "Traceback" not in error
+    assert "not finite" in error and "--lr" in error and "--resume" in error and "Traceback" not in error
+    assert run(*TINY, "--steps", 60, "--out", tmp_path / "b") == 1  # bad from the start: there is nothing to resume
+    assert "--resume" not in capsys.readouterr().err
 
 
 def test_each_optimiser_moves_its_own_network_and_the_discriminator_warms_up(tmp_path):
@@ -1146,6 +1174,8 @@ BAD = {
     "resolution": (["--resolution", 20], "multiple of 8"),
     "discriminator too late": (["--discriminator", "unet", "--disc-start", 50, "--steps", 50], "beyond the last"),
     "paper's start, short run": (["--discriminator", "unet", "--steps", 5, "--disc-start", 10_000], "--disc-start"),
+    "too small to judge": (["--resolution", 8, "--discriminator", "unet", "--disc-start", 0], "at least 16"),
+    "seed": (["--seed", 2**32], "--seed must be below"),
     "no steps": (["--steps", 0], "--steps must be at least 1"),
     "not a number": (["--steps", "many"], "--steps"),
     "unknown option": (["--stepz", 5], "--stepz"),

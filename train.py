@@ -301,10 +301,18 @@ class Machine:
         batch = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return batch.float() / 127.5 - 1
 
-    def randn(self, shape, seed):
-        """Standard normal noise for this process's rows of the global batch: the same for any `world`."""
+    def workers(self, asked):
+        """How many processes load images: what was asked for, if anything was."""
+        # On a CPU the networks need every core, and a third busy process on two of them stalls both.
+        return asked if asked is not None else 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+    def randn(self, shape):
+        """Standard normal noise for this process's rows of the global batch: the same for any `world`.
+
+        From torch's CPU generator, which `fit` seeds alike in every process before each step.
+        """
         rows = shape[0]
-        noise = torch.randn((rows * self.world, *shape[1:]), generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn((rows * self.world, *shape[1:]))
         return noise[self.rank * rows:(self.rank + 1) * rows].to(self.device, non_blocking=True)
 
     def parallel(self, module):
@@ -456,14 +464,14 @@ def fit(task, args, machine, dataset, start):
     main = machine.rank == 0
     log = CSVLog(Path(args.out) / "log.csv", task.fields + ["images_per_second", "skipped"], start) if main else None
     progress = Progress(start, args.steps) if main else None
-    stream = batches(dataset, args.batch_size, start, machine, args.workers)
+    stream = batches(dataset, args.batch_size, start, machine, machine.workers(args.workers))
     bad, since, images = 0, time.monotonic(), 0
     with StopSignal() as stop:
         for step in range(start, args.steps):
             done = step + 1
             due = done % args.save_every == 0 or done == args.steps
             logged = done % args.log_every == 0 or due
-            torch.manual_seed(args.seed * 1_000_003 + step)  # whatever draws from torch's generators resumes exactly
+            torch.manual_seed(args.seed * 1_000_003 + step)  # so that all noise resumes exactly
             values = task.step(machine.images(next(stream)), step, logged)
             images += args.batch_size
 
@@ -471,9 +479,10 @@ def fit(task, args, machine, dataset, start):
             bad = 0 if finite else bad + 1
             task.skipped += not finite
             if bad == MAX_BAD_STEPS:
-                raise UsageError(f"the gradient was not finite in {bad} steps in a row up to step {done}: the last "
-                                 f"good checkpoint is in {args.out}, go on from it with a lower --lr or in "
-                                 "--precision fp32")
+                good = (Path(args.out) / "checkpoint.pt").exists()
+                raise UsageError(f"the gradient was not finite in {bad} steps in a row up to step {done}: "
+                                 + (f"--resume from the good checkpoint in {args.out}" if good else "start again")
+                                 + " with a lower --lr or --precision fp32")
             if logged:
                 values = machine.mean(values)
             stopped = machine.any(stop.number is not None)
@@ -543,7 +552,7 @@ class AutoencoderTask:
 
         # The autoencoder's turn. Weights stay in float32, the networks run in bf16 where that is fast.
         B, _, H, W = image.shape
-        noise = self.machine.randn((B, self.vae.config.latent_dim, H // 8, W // 8), seed=args.seed * 1_000_003 + step)
+        noise = self.machine.randn((B, self.vae.config.latent_dim, H // 8, W // 8))  # (B, nz, h, w)
         with self.machine.autocast():
             output = self.vae_parallel(image, noise=noise)
         fake_logits, weights = None, self.weights
@@ -800,6 +809,10 @@ def _check(args, checkpoint):
         raise UsageError(f"--workers must not be negative, got {args.workers}")
     if args.resolution < 8 or args.resolution % 8:
         raise UsageError(f"--resolution must be a multiple of 8, got {args.resolution}")
+    if args.resolution < 16 and (args.discriminator != "none" or args.perceptual != "none"):
+        raise UsageError("the discriminator and LPIPS need a --resolution of at least 16, got 8")
+    if args.seed >= 2**32 - 1:
+        raise UsageError(f"--seed must be below {2**32 - 1}, got {args.seed}")
     if args.batch_size % world:
         raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: make it a multiple")
     if not args.lr > 0 or not args.clip > 0:
@@ -817,9 +830,6 @@ def _check(args, checkpoint):
 def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     torch.manual_seed(args.seed)
-    if args.workers is None:
-        # On a CPU the networks need every core, and a third busy process on two of them stalls both.
-        args.workers = 0 if machine.device.type == "cpu" else min(8, os.cpu_count() or 1)
     if args.data:
         files = find_images(args.data)
         if args.val:
