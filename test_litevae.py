@@ -605,7 +605,7 @@ def test_a_damaged_vgg_file_is_named_too(offline):
     path = offline / "hub" / "checkpoints" / "vgg16-397923af.pth"
     path.parent.mkdir(parents=True)
     for content in (b"not weights", None):
-        torch.save({"features.0.weight": torch.zeros(1)}, path)  # weights, but of something else
+        torch.save({"something.weight": torch.zeros(1)}, path)  # weights, but of something else
         if content:
             path.write_bytes(content)
         with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth") as error:
