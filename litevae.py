@@ -13,6 +13,10 @@ decoder turns the latent back into the image. From top to bottom:
     7  Discriminator              Sec. 4.3             UNetDiscriminator
     8  Presets and checkpoints    App. F               PRESETS, save_checkpoint, load_checkpoint
 
+That is LiteVAE; what stands below it is what the paper compares it with, and can be cut off:
+
+    9  Baselines                  Tables 2 and 3       SDVAEEncoder
+
 Images are (B, 3, H, W) in [-1, 1], with H and W multiples of 8. The axes, here and everywhere below:
 B images, C channels, H x W pixels, h x w = H/8 x W/8 latent positions, nz latent channels.
 
@@ -97,6 +101,8 @@ class HaarTransform(nn.Module):
 # ------------------------------------------------------------------------------------------------------
 # 2  Building blocks (Sec. 4.2, Eq. 3, App. G)
 # ------------------------------------------------------------------------------------------------------
+# A trailing underscore marks what computes in place. Convolutions run at full speed already; what an
+# encoder loses beside them is passes over memory, and each one left out is time and memory won.
 
 
 class SMC(nn.Conv2d):
@@ -165,6 +171,11 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+def silu_(x):
+    """SiLU of a tensor that nobody else holds: written over it, unless its gradient will be asked for."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block (App. G): (B, in, H, W) -> (B, out, H, W)."""
 
@@ -172,19 +183,17 @@ class ResBlock(nn.Module):
         super().__init__()
         out_channels = out_channels or in_channels
         self.norm_in = group_norm(in_channels)
-        self.act_in = nn.SiLU()
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm_out = group_norm(out_channels)
-        self.act_out = nn.SiLU()
         self.dropout = nn.Dropout(dropout)
         self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip_connection = _skip_connection(in_channels, out_channels, use_conv)
         self.scale_factor = scale_factor
 
     def forward(self, x):
-        h = self.conv_in(self.act_in(self.norm_in(x)))  # (B, out, H, W)
-        h = self.conv_out(self.dropout(self.act_out(self.norm_out(h))))
-        return (self.skip_connection(x) + h) / self.scale_factor
+        h = self.conv_in(silu_(self.norm_in(x)))  # (B, out, H, W)
+        h = self.conv_out(self.dropout(silu_(self.norm_out(h))))
+        return _residual(self.skip_connection(x), h, self.scale_factor)
 
 
 class ResBlockWithSMC(nn.Module):
@@ -193,24 +202,28 @@ class ResBlockWithSMC(nn.Module):
     def __init__(self, in_channels, out_channels=None, dropout=0.0, use_conv=False, scale_factor=1.0):
         super().__init__()
         out_channels = out_channels or in_channels
-        self.act_in = nn.SiLU()
         self.conv_in = SMC(in_channels, out_channels, 3)
-        self.act_out = nn.SiLU()
         self.dropout = nn.Dropout(dropout)
         self.conv_out = SMC(out_channels, out_channels, 3)
         self.skip_connection = _skip_connection(in_channels, out_channels, use_conv)
         self.scale_factor = scale_factor
 
     def forward(self, x):
-        h = self.conv_in(self.act_in(x))  # (B, out, H, W)
-        h = self.conv_out(self.dropout(self.act_out(h)))
-        return (self.skip_connection(x) + h) / self.scale_factor
+        h = self.conv_in(F.silu(x))  # (B, out, H, W)
+        h = self.conv_out(self.dropout(silu_(h)))
+        return _residual(self.skip_connection(x), h, self.scale_factor)
 
 
 def _skip_connection(in_channels, out_channels, use_conv):
     if in_channels == out_channels:
         return nn.Identity()
     return nn.Conv2d(in_channels, out_channels, 3, padding=1) if use_conv else nn.Conv2d(in_channels, out_channels, 1)
+
+
+def _residual(x, h, scale_factor):
+    """(x + h) / scale_factor, written over h: a convolution's output, which its backward does not need."""
+    h += x
+    return h if scale_factor == 1 else h / scale_factor
 
 
 class MidBlock2D(nn.Module):
@@ -271,7 +284,8 @@ class LiteVAEUNetBlock(nn.Module):
             skip_features.append(x)
         x = self.mid_block(x)  # (B, model_channels * ch_multiplies[-1], H, W)
         for block in self.decoder_blocks:
-            x = block(torch.cat([x, skip_features.pop()], dim=1))
+            x = torch.cat([x, skip_features.pop()], dim=1)  # in a line of its own, so that the parts are freed
+            x = block(x)
         return self.out_layer(x)  # (B, out_channels, H, W)
 
 
@@ -692,35 +706,37 @@ def kl_loss(latent_dist, image):
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance with the `lpips` package's VGG-16: two (B, 3, H, W) in [-1, 1] -> (B,).
+    """Learned perceptual distance of the `lpips` package: two (B, 3, H, W) in [-1, 1] -> (B,).
 
-    Frozen, always in eval mode, in float32. The package brings its linear layers; the VGG-16 trunk is
-    `vgg16-397923af.pth`, looked for in torch's hub cache, else downloaded. FileNotFoundError if neither works.
+    Frozen, always in eval mode, in float32. The package brings its linear layers; the trunk, torchvision's VGG-16
+    (or `net` "alex", "squeeze"), is looked for in torch's hub cache, else downloaded. FileNotFoundError if
+    neither works.
     """
 
-    vgg_url = "https://download.pytorch.org/models/vgg16-397923af.pth"
+    trunks = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
-    def __init__(self):
+    def __init__(self, net="vgg"):
         super().__init__()
         import lpips  # only here: nothing else in this file needs more than torch
 
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")  # lpips calls torchvision with an argument it deprecates
-            self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        self._load_vgg()
+            self.net = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        self._load_trunk(self.trunks[net])
         self.requires_grad_(False).eval()
 
-    def _load_vgg(self):
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(self.vgg_url))
+    def _load_trunk(self, name):
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+        url = f"https://download.pytorch.org/models/{name}"
         try:
             if not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                torch.hub.download_url_to_file(self.vgg_url, path, hash_prefix="397923af")
-            vgg = torch.load(path, map_location="cpu", weights_only=True)
-            for layer in self.net.net.children():  # slice1 to slice5, layers numbered as in torchvision's `features`
-                layer.load_state_dict({name: vgg[f"features.{name}"] for name in layer.state_dict()})
+                torch.hub.download_url_to_file(url, path, hash_prefix=name.split("-")[-1].removesuffix(".pth"))
+            trunk = torch.load(path, map_location="cpu", weights_only=True)
+            for layer in self.net.net.children():  # slice1, slice2, ...: numbered as in torchvision's `features`
+                layer.load_state_dict({name: trunk[f"features.{name}"] for name in layer.state_dict()})
         except Exception as error:
-            raise FileNotFoundError(f"LPIPS needs the VGG-16 weights {self.vgg_url}: put the file at {path} "
+            raise FileNotFoundError(f"LPIPS needs the weights {url}: put the file at {path} "
                                     f"(loading it failed with: {_one_line(error)})") from None
 
     def train(self, mode=True):
@@ -732,7 +748,7 @@ class LPIPS(nn.Module):
         with _autocast_off(x):
             total = 0.0
             features = (self.net.net(self.net.scaling_layer(_at_least_float32(a))) for a in (x_hat, x))
-            for f_hat, f, lin in zip(*features, self.net.lins):  # (B, C_l, H_l, W_l), five layers
+            for f_hat, f, lin in zip(*features, self.net.lins):  # (B, C_l, H_l, W_l); VGG: five layers
                 f_hat, f = (a * (a.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt() for a in (f_hat, f))
                 total = total + lin((f_hat - f).square()).mean(dim=(1, 2, 3))  # (B,)
             return total
@@ -940,6 +956,57 @@ def main():
     print("One image through LiteVAE-B:")
     for name, shape in shapes.items():
         print(f"  {name:20} {tuple(shape)}")
+
+
+# ======================================================================================================
+# Part II: what the paper compares LiteVAE with. Nothing above uses it.
+# ======================================================================================================
+
+
+# ------------------------------------------------------------------------------------------------------
+# 9  Baselines (Tables 2 and 3)
+# ------------------------------------------------------------------------------------------------------
+
+
+class SDVAEEncoder(nn.Module):
+    """The Stable Diffusion encoder, 34,163,592 parameters: (B, 3, H, W) -> (B, 2 latent_dim, h, w).
+
+    Names are those of the released checkpoints, whose `encoder.` tensors load here with strict=True.
+    """
+
+    def __init__(self, latent_dim=4, channels=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        width = channels
+        self.down = nn.ModuleList()
+        for level, mult in enumerate(ch_mult):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                stage.block.append(SDResnetBlock(width, channels * mult))
+                width = channels * mult
+            if level < len(ch_mult) - 1:
+                stage.downsample = nn.Module()
+                stage.downsample.conv = nn.Conv2d(width, width, 3, stride=2)
+            self.down.append(stage)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = SDResnetBlock(width, width)
+        self.mid.attn_1 = SDAttnBlock(width)
+        self.mid.block_2 = SDResnetBlock(width, width)
+
+        self.norm_out = sd_norm(width)
+        self.conv_out = nn.Conv2d(width, 2 * latent_dim, 3, padding=1)
+
+    def forward(self, image):
+        x = self.conv_in(image)  # (B, channels, H, W)
+        for level, stage in enumerate(self.down):
+            for block in stage.block:
+                x = block(x)  # (B, channels * ch_mult[level], H_level, W_level)
+            if level < len(self.down) - 1:
+                x = stage.downsample.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 latent_dim, h, w)
 
 
 if __name__ == "__main__":

@@ -161,23 +161,32 @@ def find_images(folder):
     return sorted(files)
 
 
-def load_image(path, resolution, rng=None):
-    """The file as (resolution, resolution, 3) uint8 RGB: a random crop and flip with `rng`, else the centre.
+def open_rgb(path, short=None):
+    """The file as a PIL image in RGB, at its own size; with `short`, JPEGs may come smaller, down to that side.
 
-    Reduced (or, where it is smaller, enlarged) first. Grey, palette, alpha (on white), 16-bit and
-    EXIF-rotated files come out as RGB the right way up. Raises what PIL raises for a file it cannot read.
+    Grey, palette, alpha (on white), 16-bit and EXIF-rotated files come out as RGB the right way up. Raises
+    what PIL raises for a file it cannot read.
     """
-    # Unspecified: augmentation. As in ADM's code: the crop takes 80 to 100 % of the shorter side.
-    short = resolution if rng is None else rng.integers(resolution, int(resolution / 0.8) + 1)
     with Image.open(path) as image:
-        image.draft("RGB", (int(short), int(short)))  # JPEG: decode at 1/2, 1/4 or 1/8 if that is still enough
+        if short:
+            image.draft("RGB", (short, short))  # JPEG: decode at 1/2, 1/4 or 1/8 if that is still enough
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        return image.convert("RGB")
+
+
+def load_image(path, resolution, rng=None):
+    """The file as (resolution, resolution, 3) uint8 RGB: a random crop and flip with `rng`, else the centre.
+
+    Reduced (or, where it is smaller, enlarged) first. Raises what PIL raises for a file it cannot read.
+    """
+    # Unspecified: augmentation. As in ADM's code: the crop takes 80 to 100 % of the shorter side.
+    short = int(resolution if rng is None else rng.integers(resolution, int(resolution / 0.8) + 1))
+    image = open_rgb(path, short)
     width, height = image.size
     scale = short / min(width, height)
     width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
@@ -348,11 +357,11 @@ def batches(dataset, batch_size, start, machine, workers):
             yield list(range(first, first + share))
             first += batch_size
 
-    return iter(DataLoader(dataset, batch_sampler=positions(), num_workers=workers, worker_init_fn=_ignore_signals,
+    return iter(DataLoader(dataset, batch_sampler=positions(), num_workers=workers, worker_init_fn=ignore_signals,
                            pin_memory=machine.device.type == "cuda", prefetch_factor=4 if workers else None))
 
 
-def _ignore_signals(worker):
+def ignore_signals(worker):
     # Ctrl-C reaches every process of the terminal; the main one decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
