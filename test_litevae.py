@@ -1,17 +1,19 @@
-"""Tests of LiteVAE, in the order of the files they test: litevae.py section by section, then train.py.
+"""Tests of LiteVAE, in the order of the files they test: litevae.py section by section, train.py, eval.py.
 
-    pip install -r requirements.txt pytest PyWavelets scikit-image diffusers && python -m pytest
+    pip install -r requirements.txt pytest PyWavelets scikit-image diffusers pytorch-fid && python -m pytest
 
-No network, no GPU. What a test compares with is an oracle (PyWavelets, diffusers, lpips, scikit-image, scipy,
-torch.distributions), the paper's equation written out as a loop, or a value worked out by hand.
+No network, no GPU. What a test compares with is an oracle (PyWavelets, diffusers, lpips, pytorch-fid, scikit-image,
+scipy, torch.distributions), the paper's equation written out as a loop, or a value worked out by hand.
 """
 
 import ast
 import csv
 import inspect
 import io
+import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +25,9 @@ import diffusers
 import lpips
 import numpy as np
 import pytest
+import pytorch_fid.inception
 import pywt
+import scipy.linalg
 import scipy.ndimage
 import skimage.metrics
 import torch
@@ -32,10 +36,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
+import eval as evaluation  # the name of a built-in function
 import litevae
 import train
 from litevae import (LPIPS, PRESETS, SMC, DiagonalGaussianDistribution, HaarTransform, LiteVAE, LiteVAEEncoder,
-                     LiteVAEUNetBlock, MidBlock2D, ResBlock, ResBlockWithSMC, SDVAEDecoder,
+                     LiteVAEUNetBlock, MidBlock2D, ResBlock, ResBlockWithSMC, SDVAEDecoder, SDVAEEncoder,
                      UNetDiscriminator, autoencoder_loss, discriminator_loss, load_checkpoint, save_checkpoint)
 
 HERE = Path(__file__).parent
@@ -174,6 +179,30 @@ def test_residual_blocks_add_their_skip_and_divide_by_the_scale(block):
         assert torch.allclose(wider(x), wider.skip_connection(x), atol=1e-6)
     noisy = block(8, dropout=0.5)
     assert not torch.equal(noisy(x), noisy(x)) and torch.equal(noisy.eval()(x), noisy(x))
+
+
+@pytest.mark.parametrize("build", [lambda: ResBlock(8, 12), lambda: ResBlock(8), lambda: ResBlockWithSMC(8, 12),
+                                   lambda: ResBlockWithSMC(8), lambda: LiteVAEUNetBlock(8, 8, 8, (1, 2)),
+                                   lambda: LiteVAEUNetBlock(8, 8, 8, (1, 2), use_smc=True)])
+def test_what_is_written_in_place_changes_neither_input_nor_result(build):
+    module, x = randomise(build()), torch.randn(2, 8, 6, 6)
+    before = x.clone()
+    expected = module(x.clone().requires_grad_(True))  # with a gradient nothing that it needs is overwritten
+    expected.square().sum().backward()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.allclose(module(x), expected, atol=1e-6) and torch.equal(x, before)
+    x = torch.randn(1, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert litevae.silu_(x) is x  # overwritten
+    x.requires_grad_(True)
+    assert litevae.silu_(x) is not x and torch.autograd.gradcheck(litevae.silu_, x)
+
+
+def test_residual_block_gradients():
+    for build in (ResBlock, ResBlockWithSMC):
+        block = randomise(build(2, 3)).double()
+        assert torch.autograd.gradcheck(block, torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True), atol=1e-4)
 
 
 def test_smc_blocks_hold_no_group_norm_and_take_part_in_the_unet():
@@ -451,6 +480,18 @@ def test_blocks_run_when_copied_out_with_torch_alone():
         assert use(names[block.__name__]).isfinite().all()
 
 
+def test_part_one_stands_without_what_it_is_compared_with():
+    source = Path(litevae.__file__).read_text()
+    part_one, part_two = source.split("# Part II: ")
+    names = {"__name__": "part_one"}
+    exec(part_one, names)
+    with torch.no_grad():
+        assert names["LiteVAE"]("S", decoder_channels=8)(image_batch(1, 3, 16, 16)).sample.shape == (1, 3, 16, 16)
+    defined = [node.name for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+               and node.name not in names]
+    assert defined and not any(name in part_one.split('"""', 2)[2] for name in defined)
+
+
 def test_python_litevae_prints_counts_and_shapes(capsys):
     litevae.main()
     out = capsys.readouterr().out
@@ -519,21 +560,24 @@ def test_equation_1_adds_its_weighted_terms():
 
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory):
-    """A torch hub folder with a random file of the published VGG-16's layout; the classifier is not stored in full."""
+    """A torch hub folder with random files of the published trunks' layout; classifiers are not stored in full."""
     hub = tmp_path_factory.mktemp("hub")
     (hub / "checkpoints").mkdir()
     torch.manual_seed(1)
     with torch.device("meta"):
-        layout = torchvision.models.vgg16().state_dict()
-    weights = {}
-    for name, tensor in layout.items():
-        if name.startswith("classifier"):
-            weights[name] = torch.zeros(1).expand(tensor.shape)
-        else:
-            weights[name] = torch.randn(tensor.shape) * (2 / max(1, tensor[0].numel())) ** 0.5 if tensor.ndim > 1 else \
-                0.1 * torch.randn(tensor.shape)
-    # The published file predates torch's zip format.
-    torch.save(weights, hub / "checkpoints" / "vgg16-397923af.pth", _use_new_zipfile_serialization=False)
+        layouts = {"vgg16-397923af.pth": torchvision.models.vgg16().state_dict(),
+                   "alexnet-owt-7be5be79.pth": torchvision.models.alexnet().state_dict(),
+                   "squeezenet1_1-b8a52dc0.pth": torchvision.models.squeezenet1_1().state_dict()}
+    for file, layout in layouts.items():
+        weights = {}
+        for name, tensor in layout.items():
+            if name.startswith("classifier"):
+                weights[name] = torch.zeros(1).expand(tensor.shape)
+            else:
+                weights[name] = torch.randn(tensor.shape) * (2 / max(1, tensor[0].numel())) ** 0.5 if tensor.ndim > 1 else \
+                    0.1 * torch.randn(tensor.shape)
+        # The published VGG-16 predates torch's zip format.
+        torch.save(weights, hub / "checkpoints" / file, _use_new_zipfile_serialization=not file.startswith("vgg"))
     return hub
 
 
@@ -543,10 +587,11 @@ def vgg(vgg_file, monkeypatch):
     return vgg_file
 
 
-def test_lpips_equals_the_lpips_package(vgg):
-    ours = LPIPS()
-    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    file = torch.load(vgg / "checkpoints" / "vgg16-397923af.pth", weights_only=True)
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
+def test_lpips_equals_the_lpips_package(vgg, net):
+    ours = LPIPS(net)
+    theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    file = torch.load(vgg / "checkpoints" / LPIPS.trunks[net], weights_only=True)
     for slice_ in theirs.net.children():
         slice_.load_state_dict({k: file[f"features.{k}"] for k in slice_.state_dict()})
     x, y = image_batch(3, 3, 32, 40), image_batch(3, 3, 32, 40)
@@ -770,6 +815,45 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             process.kill()
             process.wait()
         LiteVAE.from_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 9  Baselines
+# ------------------------------------------------------------------------------------------------------
+
+
+def diffusers_encoder_names(name):
+    for ours, theirs in (("down.", "down_blocks."), (".block.", ".resnets."), (".downsample.conv", ".downsamplers.0.conv"),
+                         ("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1"),
+                         ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"), ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
+                         ("mid.attn_1.", "mid_block.attentions.0.to_"), ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def test_sd_encoder_equals_diffusers_with_the_same_weights():
+    ours = SDVAEEncoder().eval()
+    assert count(ours) == 34_163_592
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).encoder.eval()
+    target = theirs.state_dict()
+    theirs.load_state_dict({diffusers_encoder_names(k): v.view(target[diffusers_encoder_names(k)].shape)
+                            for k, v in randomise(ours, 0.02).state_dict().items()}, strict=True)
+    x = image_batch(1, 3, 32, 48)
+    with torch.no_grad():
+        a, b = ours(x), theirs(x)
+    assert a.shape == (1, 8, 4, 6) and (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+def test_sd_encoder_has_the_released_checkpoints_names():
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in SDVAEEncoder().state_dict().items()}
+    assert len(shapes) == 106
+    for name, shape in {"conv_in.weight": (128, 3, 3, 3), "down.0.block.1.norm1.weight": (128,),
+                        "down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1), "down.2.downsample.conv.weight": (512, 512, 3, 3),
+                        "mid.attn_1.k.weight": (512, 512, 1, 1), "conv_out.weight": (8, 512, 3, 3)}.items():
+        assert shapes[name] == shape
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1241,3 +1325,480 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
         for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "d_loss"):
             assert (a[name] == b[name] == "") or float(b[name]) == pytest.approx(float(a[name]), rel=2e-3, abs=1e-4), (a["step"], name)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000008.png"]
+
+
+# ------------------------------------------------------------------------------------------------------
+# eval.py: the metrics
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_ssim_equals_scikit_image():
+    x = torch.from_numpy(np.stack([train.dead_leaves(48, np.random.default_rng(i)) for i in range(3)]))
+    x = x.permute(0, 3, 1, 2)[..., :40] / 127.5 - 1  # (3, 3, 48, 40)
+    y = 1.2 * x + 0.3 * torch.randn_like(x) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)  # leaves [-1, 1]
+    for a, b, ours in zip(x, y, evaluation.ssim(y, x)):
+        a, b = (((v.double() + 1) / 2).clamp(0, 1).numpy() for v in (a, b))
+        theirs = skimage.metrics.structural_similarity(a, b, data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5,
+                                                       use_sample_covariance=False)
+        assert ours.item() == pytest.approx(theirs, abs=1e-6)
+    assert evaluation.ssim(x, x).tolist() == pytest.approx([1, 1, 1])
+    flat = torch.zeros(1, 3, 16, 16)  # two flat images: only the luminance term is left
+    assert evaluation.ssim(flat, flat + 0.5).item() == pytest.approx((2 * 0.5 * 0.75 + 1e-4) / (0.5**2 + 0.75**2 + 1e-4), rel=1e-5)
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """A random file of the published Inception's layout, written by pytorch-fid's own network."""
+    torch.manual_seed(2)
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **kwargs: None)
+        patch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: None)
+        net = pytorch_fid.inception.fid_inception_v3()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            for p, scale, shift in ((module.weight, 0.1, 1), (module.bias, 0.1, 0), (module.running_mean, 0.3, 0)):
+                p.data.normal_(shift, scale)
+            module.running_var.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("inception") / evaluation.INCEPTION_FILE
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception(inception_file):
+    return evaluation.load_inception(inception_file)
+
+
+def test_inception_equals_pytorch_fid_with_the_same_weights(inception, inception_file, monkeypatch):
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url",
+                        lambda *args, **kwargs: torch.load(inception_file, weights_only=True))
+    theirs = pytorch_fid.inception.InceptionV3([3]).eval()
+    for size in ((64, 48), (299, 299), (330, 310)):
+        x = torch.rand(2, 3, *size)
+        with torch.no_grad():
+            ours, expected = inception(x), theirs(x)[0].flatten(1)
+        assert ours.shape == (2, 2048) and (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert expected.std(dim=0).mean() > 1e-3 * expected.mean()  # the comparison is not one of constants
+
+
+def test_inception_says_whose_weights_it_holds(inception, inception_file, tmp_path, monkeypatch):
+    assert inception.label == "pt_inception-2015-12-05-6726825d.pth, not the published weights" and not inception.training
+    monkeypatch.setattr(evaluation.hashlib, "sha256", lambda data: type("H", (), {"hexdigest": lambda self: "6726825d0af5f729"})())
+    assert evaluation.load_inception(inception_file).label == "published weights"
+    weights = torch.load(inception_file, weights_only=True)
+    torch.save({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}, tmp_path / "older.pth")
+    evaluation.load_inception(tmp_path / "older.pth")  # as files from before PyTorch 0.4.1 are
+
+
+def test_random_features_are_the_same_each_time_and_do_not_touch_the_seed():
+    torch.manual_seed(3)
+    a = evaluation.load_inception("random")
+    b = evaluation.load_inception("random")
+    x = torch.rand(2, 3, 75, 75)
+    assert a.label == "random features" and torch.equal(a(x), b(x)) and 1e-2 < a(x).std() < 1e2
+
+
+def test_inception_without_weights_is_one_sentence(offline, inception_file, tmp_path):
+    for source, place in ((None, offline / "hub" / "checkpoints"), (tmp_path / "missing.pth", tmp_path / "missing.pth"),
+                          (tmp_path / "cut.pth", tmp_path / "cut.pth"), (tmp_path / "other.pth", tmp_path / "other.pth")):
+        (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:10**6])
+        torch.save({k: v for k, v in torch.load(inception_file, weights_only=True).items() if "Mixed_7c" not in k}, tmp_path / "other.pth")
+        with pytest.raises(train.UsageError) as error:
+            evaluation.load_inception(source)
+        text = str(error.value)
+        assert "pt_inception-2015-12-05-6726825d.pth" in text and str(place) in text and "\n" not in text and "--inception" in text
+
+
+@pytest.mark.parametrize("sizes", [[1] * 10, [7, 3], [10], [2, 5, 1, 2]])
+def test_streaming_statistics_equal_numpy(sizes):
+    x = torch.randn(10, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 1e6  # a mean that sums of squares drown in
+    s = evaluation.FeatureStatistics(6)
+    for part in x.split(sizes):
+        s.update(part)
+    assert s.n == 10 and np.allclose(s.mean, x.mean(0).numpy(), rtol=1e-14)
+    assert np.allclose(s.covariance, np.cov(x.numpy().T), rtol=1e-8, atol=1e-8)
+
+
+def covariance(dim, rank=None, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rank or 2 * dim, dim)) * np.arange(1, dim + 1) ** -0.5
+    return x.T @ x / len(x)
+
+
+def test_frechet_distance_in_closed_form():
+    d = evaluation.frechet_distance
+    rng = np.random.default_rng(0)
+    m1, m2, s = rng.standard_normal(40), rng.standard_normal(40), covariance(40)
+    assert d(m1, s, m1, s) == pytest.approx(0, abs=1e-9)  # a set with itself
+    assert d(m1, s, m2, s) == pytest.approx(((m1 - m2) ** 2).sum(), rel=1e-9)  # equal covariances
+    basis = np.linalg.qr(rng.standard_normal((40, 40)))[0]
+    a, b = rng.random(40) + 0.1, rng.random(40) + 0.1
+    s1, s2 = (basis * a) @ basis.T, (basis * b) @ basis.T  # commuting: sum of (sqrt a - sqrt b)^2
+    assert d(m1, s1, m1, s2) == pytest.approx(((a**0.5 - b**0.5) ** 2).sum(), rel=1e-9)
+    a[5:], b[10:] = 0, 0  # singular, each in its own way
+    s1, s2 = (basis * a) @ basis.T, (basis * b) @ basis.T
+    assert d(m1, s1, m2, s2) == pytest.approx(((m1 - m2) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-9)
+    assert d(m1, 0 * s, m1, s) == pytest.approx(np.trace(s))  # a point
+
+
+@pytest.mark.parametrize("ranks", [(None, None), (20, None), (None, 20), (20, 30)])
+def test_frechet_distance_equals_scipys_sqrtm(ranks):
+    m1, m2 = np.zeros(64), np.full(64, 0.1)
+    s1, s2 = covariance(64, ranks[0], 1), 1.3 * covariance(64, ranks[1], 2)
+    root = scipy.linalg.sqrtm(s1 @ s2)
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(np.real(root))
+    assert evaluation.frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-6)
+    assert evaluation.frechet_distance(m2, s2, m1, s1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_mmd_equals_a_double_loop():
+    x, y = torch.randn(5, 3), torch.randn(7, 3) + 0.5
+    for sigma, ours in zip((0.5, 2.0), evaluation.mmd2(x, y, (0.5, 2.0))):
+        k = lambda a, b: math.exp(-sum((p - q) ** 2 for p, q in zip(a.tolist(), b.tolist())) / (2 * sigma**2))  # noqa: E731
+        xx = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / (5 * 4)
+        yy = sum(k(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / (7 * 6)
+        xy = sum(k(a, b) for a in x for b in y) / (5 * 7)
+        assert ours == pytest.approx(xx + yy - 2 * xy, rel=1e-9)
+
+
+def test_mmd_of_gaussians_in_closed_form():
+    """E k(a, b) for a - b ~ N(m, 2) in one dimension is sigma / sqrt(sigma^2 + 2) exp(-m^2 / (2 sigma^2 + 4))."""
+    x, y, sigma, m = torch.randn(3000, 1), torch.randn(3000, 1) + 1.5, 2.0, 1.5
+    expected = 2 * sigma / (sigma**2 + 2) ** 0.5 * (1 - math.exp(-m**2 / (2 * sigma**2 + 4)))
+    assert evaluation.mmd2(x, y, [sigma])[0] == pytest.approx(expected, rel=0.1)
+    same = np.mean([evaluation.mmd2(torch.randn(40, 1), torch.randn(40, 1), [sigma])[0] for _ in range(200)])
+    assert abs(same) < 2e-3  # unbiased; with a point's kernel with itself it would be 0.02
+
+
+def test_macs_are_those_of_the_reading_of_the_paper():
+    counts = {name: evaluation.count_macs(build, 256) / 1e9 for name, build in evaluation.ENCODERS.items()}
+    assert counts == {"SD-VAE": pytest.approx(136.4, abs=0.05), "LiteVAE-S": pytest.approx(5.76, abs=0.005),
+                      "LiteVAE-B": pytest.approx(37.8, abs=0.05), "LiteVAE-M": pytest.approx(224, abs=0.5),
+                      "LiteVAE-L": pytest.approx(233, abs=0.5)}
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1000))
+
+        def forward(self, x):
+            a = x + 1
+            b = a + 1  # a, b
+            del a
+            return b + 1  # b and the result
+    x = torch.zeros(1, 3, 100, 100)
+    with torch.no_grad():
+        assert evaluation.peak_memory(Three(), x) == pytest.approx(4 * (1000 + 30_000 + 2 * 30_000), abs=200)
+        enc = {name: build().eval().to(memory_format=torch.channels_last) for name, build in evaluation.ENCODERS.items() if name[-1] in "ESB"}
+        x = torch.zeros(2, 3, 256, 256).contiguous(memory_format=torch.channels_last)
+        peak = {name: evaluation.peak_memory(e, x) for name, e in enc.items()}
+    assert peak["SD-VAE"] > 2.8 * peak["LiteVAE-B"] and peak["SD-VAE"] > 6.7 * peak["LiteVAE-S"]  # Table 3's ratios
+
+
+# ------------------------------------------------------------------------------------------------------
+# eval.py: the commands
+# ------------------------------------------------------------------------------------------------------
+
+
+def measure(*args):
+    """eval.py in this process, on the CPU; its exit status."""
+    return evaluation.main([str(a) for a in (*args, "--device", "cpu")])
+
+
+@pytest.fixture(scope="session")
+def vae_file(tmp_path_factory):
+    """A checkpoint of random weights whose averaged ones differ."""
+    torch.manual_seed(4)
+    path = tmp_path_factory.mktemp("vae") / "checkpoint.pt"
+    vae, ema = randomise(small_vae(), 0.02), randomise(small_vae(), 0.02)
+    for v in (vae, ema):
+        v.config.scaling_factor = 0.5
+    save_checkpoint(path, vae, ema, args={"resolution": 32})
+    return path
+
+
+def test_recon_equals_the_metrics_image_by_image_whatever_the_batch_size(folder, vae_file, tmp_path, capsys, vgg):
+    results = []
+    for i, batch_size in enumerate((1, 4, 100)):
+        assert measure("recon", "--vae", vae_file, "--data", folder, "--no-fid", "--batch-size", batch_size,
+                       "--json", tmp_path / "r.json", "--out", tmp_path / "r.png") == 0
+        results.append(json.loads((tmp_path / "r.json").read_text()))
+    out = capsys.readouterr().out
+    assert "6 images of" in out and "broken.jpg" in out and "empty.png" in out and "averaged weights" in out
+    vae, perceptual = LiteVAE.from_checkpoint(vae_file), LPIPS()
+    expected = {"psnr": [], "ssim": [], "lpips": []}
+    for file in train.find_images(folder):
+        if Path(file).name in ("broken.jpg", "empty.png"):
+            continue
+        x = torch.from_numpy(train.load_image(file, 32).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+            expected["lpips"].append(perceptual(y, x).item())
+        a, b = (((v[0].double() + 1) / 2).clamp(0, 1).numpy() for v in (x, y))
+        expected["psnr"].append(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1))
+        expected["ssim"].append(skimage.metrics.structural_similarity(
+            a, b, data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+    for result in results:
+        assert result["n"] == 6 and "rfid" not in result and result["lpips_net"] == "vgg" and result["resolution"] == 32
+        for name, values in expected.items():
+            assert result[name] == pytest.approx(np.mean(values), rel=1e-4), name
+    assert Image.open(tmp_path / "r.png").size == (6 * 130 - 2, 3 * 130 - 2)
+
+
+def test_rfid_equals_the_fid_of_files_that_hold_the_reconstructions(folder, vae_file, inception_file, tmp_path, capsys, monkeypatch):
+    seen, load = [], evaluation.load_inception
+    monkeypatch.setattr(evaluation, "load_inception", lambda source: seen.append(source) or load(source))
+    vae = LiteVAE.from_checkpoint(vae_file)
+    for i, file in enumerate(f for f in train.find_images(folder) if Path(f).name not in ("broken.jpg", "empty.png")):
+        pixels = torch.from_numpy(train.load_image(file, 64).copy()).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            y = train.to_pixels(vae(pixels / 127.5 - 1, sample=False).sample)
+        for name, image in (("x", pixels), ("y", (y * 255).round().byte())):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
+    how = ["--inception", inception_file, "--json", tmp_path / "r.json"]
+    assert measure("recon", "--vae", vae_file, "--data", folder, "--lpips-net", "none", "--resolution", 64, "--batch-size", 4,
+                   "--out", tmp_path / "r.png", *how) == 0
+    rfid = json.loads((tmp_path / "r.json").read_text())
+    out = capsys.readouterr().out
+    assert "not the published weights" in out and "fewer than its 2048" in out and "lpips" not in rfid
+    # the same from folders, in batches of another size, and from saved statistics
+    assert measure("fid", tmp_path / "x", tmp_path / "y", "--save-stats", tmp_path / "x.npz", "--batch-size", 5, *how) == 0
+    folders = json.loads((tmp_path / "r.json").read_text())
+    assert measure("fid", tmp_path / "y", tmp_path / "x.npz", *how) == 0
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert folders["n"] == saved["n"] == rfid["n"] == 6 and folders["fid"] > 0.1
+    assert rfid["rfid"] == pytest.approx(folders["fid"], rel=1e-3) and saved["fid"] == pytest.approx(folders["fid"], rel=1e-6)
+    assert all("not the published" in r["inception"] for r in (rfid, folders, saved)) and seen == [str(inception_file)] * 3
+
+
+def test_fid_of_saved_statistics(inception_file, tmp_path, capsys):
+    """Files as pytorch-fid writes them, which do not tell N; a set with itself; statistics of other features."""
+    s, m = covariance(2048, 50), np.zeros(2048)
+    np.savez(tmp_path / "a.npz", mu=m, sigma=s)
+    np.savez(tmp_path / "b.npz", mu=m + 0.1, sigma=s, n=5000, inception="random features")
+    how = ["--inception", "random", "--json", tmp_path / "r.json"]
+    assert measure("fid", tmp_path / "a.npz", tmp_path / "a.npz", *how) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["fid"] == pytest.approx(0, abs=1e-6)
+    assert measure("fid", tmp_path / "a.npz", tmp_path / "b.npz", *how) == 0
+    numbers = json.loads((tmp_path / "r.json").read_text())
+    assert numbers["fid"] == pytest.approx(20.48, rel=1e-5) and numbers["inception"] == "random features"
+    out = capsys.readouterr().out
+    assert "unknown" in out and "FID (random features)" in out and "5000" in out and "fewer than" not in out
+    assert measure("fid", tmp_path / "a.npz", tmp_path / "b.npz", "--inception", inception_file) == 1
+    assert "cannot be compared" in capsys.readouterr().err
+
+
+def test_fid_reads_images_of_mixed_sizes_each_at_its_own(inception, folder):
+    images = [i for i in evaluation.Images(folder, None) if torch.is_tensor(i)]
+    assert len(images) == 6 and all(i.shape == (3, 299, 299) for i in images)
+    file = next(f for f in train.find_images(folder) if f.endswith("b.jpeg"))
+    raw = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 255
+    i = train.find_images(folder).index(file)
+    with torch.no_grad():
+        assert torch.allclose(inception(evaluation.Images(folder, None)[i][None]), inception(raw), atol=1e-5)
+
+
+def test_sampled_and_raw_measurements_differ_and_repeat(vae_file, tmp_path):
+    def psnr(*how):
+        assert measure("recon", "--vae", vae_file, "--lpips-net", "none", "--no-fid", "--limit", 5, "--json", tmp_path / "r.json",
+                       "--out", tmp_path / "r.png", *how) == 0
+        return json.loads((tmp_path / "r.json").read_text())["psnr"]
+    mode, sampled, raw = psnr(), psnr("--sample", "--batch-size", 2), psnr("--raw-weights")
+    assert len({mode, sampled, raw}) == 3
+    assert psnr("--sample", "--batch-size", 5) == pytest.approx(sampled, rel=1e-5)
+
+
+def test_scale_measures_every_checkpoint_at_every_resolution(vae_file, folder, tmp_path, capsys):
+    other = tmp_path / "other.pt"
+    save_checkpoint(other, small_vae(latent_dim=6))
+    assert measure("scale", "--vae", vae_file, other, "--data", folder, "--resolutions", 16, 32, "--lpips-net", "none", "--inception",
+                   "random", "--out", tmp_path / "plot.png", "--json", tmp_path / "r.json") == 0
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [(r["vae"], r["resolution"], r["n"]) for r in results] == [(str(v), s, 6) for s in (16, 32) for v in (vae_file, other)]
+    assert measure("recon", "--vae", other, "--data", folder, "--resolution", 16, "--lpips-net", "none", "--no-fid",
+                   "--out", tmp_path / "r.png", "--json", tmp_path / "r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["psnr"] == pytest.approx(results[1]["psnr"], rel=1e-5)
+    with open(tmp_path / "plot.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(r["ssim"]) for r in table] == pytest.approx([r["ssim"] for r in results], rel=1e-4)
+    assert all(r["lpips"] == "" and r["inception"] == "random features" for r in table)
+    pixels = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB")).reshape(-1, 3)
+    for colour in ("0b5fa5", "d1495b"):  # a line for each checkpoint
+        assert (pixels == [int(colour[i:i + 2], 16) for i in (0, 2, 4)]).all(axis=1).sum() > 500
+    assert "rFID (random features)" in capsys.readouterr().out
+
+
+def test_mmd_command_measures_scaled_latents_and_its_spread(vae_file, tmp_path, capsys):
+    def run_mmd(*how):
+        assert measure("mmd", "--vae", vae_file, "--limit", 12, "--resolution", 32, "--json", tmp_path / "r.json", *how) == 0
+        return json.loads((tmp_path / "r.json").read_text())
+    a, b = run_mmd("--batch-size", 12, "--sample"), run_mmd("--batch-size", 5, "--sample")
+    assert (a["n"], a["n_each"], a["dim"], a["repeats"], a["scaling_factor"]) == (12, 6, 64, 10, 0.5)
+    assert list(a["mmd2"]) == ["25", "50", "100", "250", "500"]
+    for sigma in a["mmd2"]:
+        assert a["mmd2"][sigma]["mean"] == pytest.approx(b["mmd2"][sigma]["mean"], rel=1e-3, abs=1e-7) and a["mmd2"][sigma]["std"] > 0
+    assert run_mmd("--sample", "--unscaled")["mmd2"]["25"]["mean"] != a["mmd2"]["25"]["mean"]
+    vae = LiteVAE.from_checkpoint(vae_file)  # one bandwidth, by hand: all 12 with the same six draws
+    images = torch.stack([train.BuiltInImages(32, 2**32 - 1)[i] for i in range(12)]) / 127.5 - 1
+    with torch.no_grad():
+        z = vae.encode(images).latent_dist.mode().flatten(1) * 0.5
+    generator, values = torch.Generator().manual_seed(1), []
+    for _ in range(10):
+        chosen = z[torch.randperm(12, generator=generator)[:6]]
+        values.append(evaluation.mmd2(chosen, torch.randn(6, 64, generator=generator), [50])[0])
+    assert run_mmd()["mmd2"]["50"] == {"mean": pytest.approx(np.mean(values), rel=1e-4), "std": pytest.approx(np.std(values, ddof=1), rel=1e-4)}
+    assert "thousandths" in capsys.readouterr().out
+
+
+def test_cost_measures_every_encoder_and_its_ratios(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "ENCODERS", {k: v for k, v in evaluation.ENCODERS.items() if k[-1] in "ES"})
+    for how in ([], ["--precision", "bf16"]):
+        assert measure("cost", "--resolution", 32, "--rounds", 3, "--batch-size", 1, "--json", tmp_path / "r.json", *how) == 0
+        r = json.loads((tmp_path / "r.json").read_text())
+        sd, s = r["encoders"]["SD-VAE"], r["encoders"]["LiteVAE-S"]
+        assert (sd["params"], s["params"]) == (34_163_592, 1_035_692) and s["speedup"] > 1 and s["memory_ratio"] > 1
+        assert s["speedup"] == pytest.approx(s["images_per_second"] / sd["images_per_second"])
+        assert s["memory_ratio"] == pytest.approx(sd["peak_memory"] / s["peak_memory"])
+        assert sd["peak_memory"] > (2 if how else 4) * 34_163_592
+    assert "SD-VAE" in capsys.readouterr().out
+
+
+def test_throughput_is_measured_in_turns():
+    order = []
+
+    def encoder(name, seconds):
+        def forward(x):
+            order.append(name)
+            time.sleep(seconds)
+        return forward
+    values = evaluation.throughput({"slow": encoder("slow", 0.2), "fast": encoder("fast", 0.02)}, torch.zeros(4, 1), rounds=2)
+    assert [len(v) for v in values.values()] == [2, 2]
+    assert values["slow"][0] == pytest.approx(20, rel=0.2) and values["fast"][1] == pytest.approx(200, rel=0.3)
+    assert [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name] == ["slow", "fast", "slow", "fast"]
+
+
+def test_latents_and_features_show_what_they_measure(vae_file, folder, tmp_path, capsys):
+    image = folder / "deep" / "b.jpeg"
+    assert measure("latents", "--vae", vae_file, image, folder / "a.JPG", "--resolution", 64, "--out", tmp_path / "l.png",
+                   "--json", tmp_path / "r.json") == 0
+    numbers = json.loads((tmp_path / "r.json").read_text())
+    x = torch.stack([torch.from_numpy(train.load_image(f, 64).copy()).permute(2, 0, 1) for f in (image, folder / "a.JPG")]) / 127.5 - 1
+    vae = LiteVAE.from_checkpoint(vae_file)
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mode()
+    assert numbers["mean"] == pytest.approx(z.mean(dim=(0, 2, 3)).tolist(), rel=1e-3, abs=1e-5)
+    assert numbers["std"] == pytest.approx(z.std(dim=(0, 2, 3)).tolist(), rel=1e-3)
+    pixels = np.asarray(Image.open(tmp_path / "l.png")).astype(float)
+    assert pixels.shape == (2 * 130 - 2, 3 * 130 - 2, 3)
+    shown, red = pixels[:128, 130:258, 0][::16, ::16], z[0, 0].numpy()  # channel 0 as red, squares of 16
+    inner = (shown > 0) & (shown < 255)
+    assert inner.sum() > 40 and np.corrcoef(shown[inner], red[inner])[0, 1] > 0.999
+
+    # A decoder with one map ten times as strong as the rest
+    with torch.no_grad():
+        block = vae.decoder.up[0].block[-1]
+        for p in (block.conv2.weight, block.conv2.bias):
+            p.zero_()
+        block.conv2.bias[3] = 1000.0
+    save_checkpoint(tmp_path / "one.pt", vae)
+    results = []
+    for path in (vae_file, tmp_path / "one.pt"):
+        assert measure("features", "--vae", path, image, "--resolution", 32, "--out", tmp_path / "f.png",
+                       "--maps", 3, "--json", tmp_path / "r.json") == 0
+        results.append(json.loads((tmp_path / "r.json").read_text()))
+    assert results[1]["imbalance"] > 10 * results[0]["imbalance"] and np.argmax(results[1]["rms"]) == 3 and results[0]["maps"] == 8
+    pixels = np.asarray(Image.open(tmp_path / "f.png"))
+    assert pixels.shape == (128, 4 * 130 - 2, 3) and pixels[:, 130:258].mean() > 200 > 60 > pixels[:, 260:388].mean()
+
+
+def test_latents_of_fewer_than_three_channels_are_grey(tmp_path):
+    save_checkpoint(tmp_path / "c.pt", small_vae(latent_dim=1))
+    assert measure("latents", "--vae", tmp_path / "c.pt", "--resolution", 32) == 0  # built-in images, beside the checkpoint
+    pixels = np.asarray(Image.open(tmp_path / "latents.png")).astype(int)
+    assert pixels.shape == (8 * 130 - 2, 3 * 130 - 2, 3) and (pixels[:, 130:258].max(-1) == pixels[:, 130:258].min(-1)).all()
+
+
+def test_an_interrupted_measurement_reports_what_it_has(vae_file, tmp_path, capsys, monkeypatch):
+    images = train.Machine.images
+    calls = iter(range(10**6))
+
+    def interrupted(self, batch):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return images(self, batch)
+    monkeypatch.setattr(train.Machine, "images", interrupted)
+    how = ["--lpips-net", "none", "--no-fid", "--batch-size", 4, "--json", tmp_path / "r.json"]
+    assert measure("recon", "--vae", vae_file, *how, "--out", tmp_path / "r.png") == 130
+    numbers = json.loads((tmp_path / "r.json").read_text())
+    assert numbers["n"] == 12 and numbers["interrupted"] and "interrupted after 12 of 64" in capsys.readouterr().out
+    calls = iter(range(10**6))  # now in the second batch of the second resolution
+    assert measure("scale", "--vae", vae_file, *how, "--limit", 8, "--resolutions", 16, 32, 64, "--out", tmp_path / "s.png") == 130
+    assert "rows that are complete" in capsys.readouterr().out
+    with open(tmp_path / "s.csv.partial", newline="") as file:
+        assert [r["resolution"] for r in csv.DictReader(file)] == ["16"]
+    calls = iter([3])
+    assert measure("mmd", "--vae", vae_file) == 130
+    assert capsys.readouterr().err.strip() == "eval.py: interrupted"
+
+
+BAD_MEASUREMENTS = {
+    "not a checkpoint": (["recon", "--vae", "{tmp}/text.pt", "--no-fid", "--lpips-net", "none"], "no checkpoint of this project"),
+    "no checkpoint": (["mmd", "--vae", "{tmp}/none.pt"], "no checkpoint at"),
+    "no folder": (["recon", "--vae", "{vae}", "--data", "{tmp}/none", "--no-fid", "--lpips-net", "none"], "no folder"),
+    "empty folder": (["fid", "{tmp}/two", "{tmp}/empty", "--inception", "random"], "no images"),
+    "only broken images": (["recon", "--vae", "{vae}", "--data", "{tmp}/broken", "--no-fid", "--lpips-net", "none"], "can be read"),
+    "only broken images, fid": (["fid", "{tmp}/broken", "{tmp}/two", "--inception", "random"], "can be read"),
+    "one image": (["fid", "{tmp}/one", "{tmp}/two", "--inception", "random"], "at least 2"),
+    "no second set": (["fid", "{tmp}/two"], "two folders"),
+    "no statistics": (["fid", "{tmp}/two", "{tmp}/none.npz"], "no file"),
+    "other statistics": (["fid", "{tmp}/small.npz", "{tmp}/two", "--inception", "random"], "2048"),
+    "broken statistics": (["fid", "{tmp}/text.npz", "{tmp}/two", "--inception", "random"], "saved statistics"),
+    "no Inception": (["recon", "--vae", "{vae}", "--lpips-net", "none"], "--no-fid"),
+    "no Inception, fid": (["fid", "{tmp}/two", "{tmp}/two"], "--inception FILE"),
+    "no LPIPS": (["recon", "--vae", "{vae}", "--no-fid"], "--lpips-net none"),
+    "too few for mmd": (["mmd", "--vae", "{vae}", "--data", "{tmp}/two", "--resolution", 32], "at least 4"),
+    "resolution": (["recon", "--vae", "{vae}", "--resolution", 20], "multiples of 8"),
+    "too small for LPIPS": (["scale", "--vae", "{vae}", "--resolutions", 16], "at least 32"),
+    "batch size": (["recon", "--vae", "{vae}", "--batch-size", 0], "--batch-size must be at least 1"),
+    "bandwidth": (["mmd", "--vae", "{vae}", "--bandwidths", 0], "--bandwidths"),
+    "no image": (["latents", "--vae", "{vae}", "{tmp}/none.png"], "no file"),
+    "image that is none": (["features", "--vae", "{vae}", "{tmp}/broken/x.jpg"], "can be read"),
+    "nowhere to write": (["recon", "--vae", "{vae}", "--json", "{tmp}/none/r.json"], "no folder"),
+    "no command": ([], "COMMAND"),
+    "unknown command": (["rate"], "rate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEASUREMENTS)
+def test_measurements_that_cannot_be_are_refused_in_one_sentence(case, vae_file, tmp_path, offline, capsys):
+    for name, n in (("empty", 0), ("one", 1), ("two", 2), ("broken", 0)):
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            Image.new("RGB", (20 + i, 30), (i, 9, 9)).save(tmp_path / name / f"{i}.png")
+    for name in ("broken/x.jpg", "text.pt", "text.npz"):
+        (tmp_path / name).write_text("nothing of the kind")
+    np.savez(tmp_path / "small.npz", mu=np.zeros(5), sigma=np.eye(5))
+    options, words = BAD_MEASUREMENTS[case]
+    options = [str(o).format(tmp=tmp_path, vae=vae_file) for o in options]
+    assert evaluation.main(options + ["--device", "cpu"] if options[1:] else options) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("eval.py: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", evaluation.HELP)
+def test_help_of_every_command_says_what_it_needs_and_its_defaults(command, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "eeds" in text and "--json" in text and re.search(r"\d s\b|[Ss]econds|minutes", text)
+    commands = next(a for a in evaluation.build_parser()._actions if a.dest == "command").choices
+    switches = {"--help", "--raw-weights", "--sample", "--no-fid", "--unscaled", "--compile", "--vae"}
+    for action in commands[command]._actions:
+        if action.option_strings and action.option_strings[-1] not in switches:
+            assert "default" in action.help, action.option_strings
