@@ -56,7 +56,8 @@ def ssim(x_hat, x):
     11x11 Gaussian window of sigma 1.5, over the positions where it fits into the image; averaged over
     positions and over the three colours. H and W at least 11.
     """
-    a, b = to_pixels(x_hat).double(), to_pixels(x).double()  # (B, 3, H, W) in [0, 1]
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # variances are small differences
+    a, b = to_pixels(x_hat).to(dtype), to_pixels(x).to(dtype)  # (B, 3, H, W) in [0, 1]
     window = lambda t: gaussian_blur(t, 11, 1.5)[..., 5:-5, 5:-5]  # noqa: E731  the local mean
     mean_a, mean_b = window(a), window(b)
     var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
@@ -282,7 +283,7 @@ class FeatureStatistics:
 
     def update(self, features):
         """(B, dim)"""
-        x = features.double().cpu().numpy()
+        x = features.cpu().double().numpy()
         mean = x.mean(axis=0)
         centred, delta = x - mean, mean - self.mean
         total = self.n + len(x)
@@ -481,7 +482,7 @@ def load_lpips(net, machine):
     if net == "none":
         return None
     try:
-        return LPIPS(net).to(machine.device)
+        return LPIPS(net).to(machine.device, memory_format=machine.memory_format)
     except (ImportError, OSError) as error:
         raise UsageError(f"{error}; or go without it: --lpips-net none")
 
@@ -490,7 +491,7 @@ def load_features(args, machine):
     if args.no_fid:
         return None
     try:
-        return load_inception(args.inception).to(machine.device)
+        return load_inception(args.inception).to(machine.device, memory_format=machine.memory_format)
     except UsageError as error:
         raise UsageError(f"{error}; or go without it: --no-fid")
 
