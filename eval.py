@@ -313,7 +313,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def fid(a, b):
-    """FID between two FeatureStatistics."""
+    """FID between two FeatureStatistics; UsageError if they hold features that are not finite."""
+    if not all(np.isfinite(s.mean).all() and np.isfinite(s.scatter).all() for s in (a, b)):
+        raise UsageError("some features are not finite, so there is no FID: look at the images and the weights")
     if a.n and b.n and b.n < a.n:  # the factor of the smaller set is the narrower one
         a, b = b, a
     return max(0.0, frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
@@ -526,6 +528,8 @@ def measure(vae, images, machine, batch_size, lpips=None, inception=None, sample
         for batch in images.batches(batch_size, machine, title):
             x = machine.images(batch)  # (B, 3, R, R) in [-1, 1]
             y = vae.decode(encode(vae, x, sample, generator)).sample
+            if not y.isfinite().all():
+                raise UsageError("the reconstructions are not finite: this checkpoint cannot be measured")
             if inception:
                 # As 8-bit files hold them, so that `fid` on saved reconstructions gives the same number.
                 features = [inception((to_pixels(a) * 255).round() / 255) for a in (x, y)]  # (B, 2048) each
@@ -836,14 +840,14 @@ def cost(args):
         peak = peak_memory(encoder, image)
         if peak is not None:
             results[name]["peak_memory"] = peak
-    for name, values in throughput(encoders, image, args.rounds, Progress(0, args.rounds * len(encoders))).items():
-        results[name]["images_per_second"] = statistics.median(values)
-        results[name]["quartiles"] = list(np.percentile(values, [25, 75]))
-    base = results["SD-VAE"]
-    for r in results.values():
-        r["speedup"] = r["images_per_second"] / base["images_per_second"]
+    speeds = throughput(encoders, image, args.rounds, Progress(0, args.rounds * len(encoders)))
+    for name, r in results.items():
+        r["images_per_second"] = statistics.median(speeds[name])
+        r["quartiles"] = list(np.percentile(speeds[name], [25, 75]))
+        # Ratios within a round: what slows the machine for a while slows both.
+        r["speedup"] = statistics.median(v / base for v, base in zip(speeds[name], speeds["SD-VAE"]))
         if "peak_memory" in r:
-            r["memory_ratio"] = base["peak_memory"] / r["peak_memory"]
+            r["memory_ratio"] = results["SD-VAE"]["peak_memory"] / r["peak_memory"]
     print_table([["encoder", "params (M)", "MACs (G)", "peak memory (MB)", "less by", "images/s", "faster by"]] + [
         [name, f"{r['params'] / 1e6:.2f}", f"{r['macs'] / 1e9:.1f}",
          f"{r['peak_memory'] / 1e6:.0f}" if "peak_memory" in r else "-",
