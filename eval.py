@@ -473,11 +473,12 @@ class Images:
 def load_vae(path, machine, raw=False):
     """The autoencoder of a checkpoint, and the resolution it was trained at (None if the file does not say)."""
     try:
-        vae = LiteVAE.from_checkpoint(path, ema=not raw)
-        resolution = load_checkpoint(path).get("args", {}).get("resolution")
+        vae, checkpoint = LiteVAE.from_checkpoint(path, ema=not raw), load_checkpoint(path)
     except (ValueError, OSError) as error:
         raise UsageError(f"--vae: {error}")
-    return vae.requires_grad_(False).to(machine.device, memory_format=machine.memory_format), resolution
+    vae.weights = "averaged" if "ema" in checkpoint and not raw else "raw"
+    vae.requires_grad_(False).to(machine.device, memory_format=machine.memory_format)
+    return vae, checkpoint.get("args", {}).get("resolution")
 
 
 def load_lpips(net, machine):
@@ -600,7 +601,7 @@ def warn_about_fid(n, label):
 
 def describe(path, vae, args):
     c = vae.config
-    return (f"{path}: LiteVAE-{c.size}, nz {c.latent_dim}, {'raw' if args.raw_weights else 'averaged'} weights, "
+    return (f"{path}: LiteVAE-{c.size}, nz {c.latent_dim}, {vae.weights} weights, "
             f"{'a drawn latent' if args.sample else 'posterior mean'}")
 
 

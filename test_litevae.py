@@ -1617,12 +1617,14 @@ def test_fid_reads_images_of_mixed_sizes_each_at_its_own(inception, folder):
         assert torch.allclose(inception(evaluation.Images(folder, None)[i][None]), inception(raw), atol=1e-5)
 
 
-def test_sampled_and_raw_measurements_differ_and_repeat(vae_file, tmp_path):
+def test_sampled_and_raw_measurements_differ_and_repeat(vae_file, tmp_path, capsys):
     def psnr(*how):
         assert measure("recon", "--vae", vae_file, "--lpips-net", "none", "--no-fid", "--limit", 5, "--json", tmp_path / "r.json",
                        "--out", tmp_path / "r.png", *how) == 0
         return json.loads((tmp_path / "r.json").read_text())["psnr"]
     mode, sampled, raw = psnr(), psnr("--sample", "--batch-size", 2), psnr("--raw-weights")
+    described = [line.split(", ")[2] for line in capsys.readouterr().out.splitlines() if "LiteVAE-S" in line]
+    assert described == ["averaged weights", "averaged weights", "raw weights"]
     assert len({mode, sampled, raw}) == 3
     assert psnr("--sample", "--batch-size", 5) == pytest.approx(sampled, rel=1e-5)
 
