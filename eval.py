@@ -810,8 +810,7 @@ def mmd(args):
                    for sigma, m, s in zip(args.bandwidths, mean, std))])
     mmd2s = {f"{sigma:g}": {"mean": float(m), "std": float(s)} for sigma, m, s in zip(args.bandwidths, mean, std)}
     return {"mmd2": mmd2s, "n": len(latents), "n_each": half, "repeats": args.repeats, "dim": dim,
-            "scaling_factor": factor,
-            "resolution": args.resolution, "vae": str(args.vae), "data": args.data or "built-in"}
+            "scaling_factor": factor, "resolution": args.resolution, "vae": str(args.vae), "data": args.data or "built-in"}
 
 
 @torch.no_grad()
@@ -859,7 +858,7 @@ def cost(args):
 
 
 def pictures(args, machine):
-    """The images named on the command line, or eight built-in ones: (B, 3, R, R) in [-1, 1]."""
+    """The images named on the command line, or a few built-in ones: (B, 3, R, R) in [-1, 1]."""
     for path in args.images:
         if not os.path.isfile(path):
             raise UsageError(f"there is no file {path}")
@@ -1027,7 +1026,7 @@ def build_parser():
     p = command("cost", cost, resolution="256", batch_size="32 on a GPU, else 2")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
                    help="of weights and activations (default: fp32)")
-    p.add_argument("--compile", action="store_true", help="torch.compile each encoder first")
+    p.add_argument("--compile", action="store_true", help="torch.compile each encoder first, which takes minutes")
     p.add_argument("--rounds", type=int, default=9, help="measurements of each encoder (default: 9)")
     for name, run, text in (("latents", latents, "image files (default: 8 built-in images)"),
                             ("features", features, "image files (default: 2 built-in images)")):

@@ -315,8 +315,8 @@ class LiteVAEEncoder(nn.Module):
 
     def forward(self, image):
         if image.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The feature maps of 256x256 pixels stay in a CPU's cache, those of a batch do not: twice as fast.
-            few = max(1, 2**16 // image[0, 0].numel())
+            # The feature maps of 256x256 pixels stay in a CPU's cache, those of a batch do not.
+            few = max(1, 2**16 // image.shape[2:].numel())
             if len(image) > few:
                 return torch.cat([self.forward(part) for part in image.split(few)])
         # Dividing level l by 2^l brings its L band to the mean of 2^l x 2^l pixels, so to [-1, 1].
