@@ -600,12 +600,18 @@ class LiteVAE(nn.Module):
         """
         checkpoint = load_checkpoint(path)
         try:
-            vae = cls(**checkpoint["config"])
-            vae.load_state_dict(checkpoint.get("ema", checkpoint["model"]) if ema else checkpoint["model"])
+            vae = cls.from_state(checkpoint, ema)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the weights in {path} are not those of the model it describes "
                              f"({_one_line(error)})") from None
         return vae.to(device).eval()
+
+    @classmethod
+    def from_state(cls, checkpoint, ema=True):
+        """The autoencoder in a dict that holds its "config" and "model" (and "ema"), as load_checkpoint's does."""
+        vae = cls(**checkpoint["config"])
+        vae.load_state_dict(checkpoint.get("ema", checkpoint["model"]) if ema else checkpoint["model"])
+        return vae
 
     def fuse(self):
         """Fold every SMC into a plain convolution, in place, for inference; returns self. Same output."""
@@ -887,28 +893,35 @@ CHECKPOINT_FORMAT = "litevae-1"
 
 
 def save_checkpoint(path, vae, ema=None, **extra):
-    """Write `vae` (a LiteVAE) and `extra` to `path`: tensors, numbers, strings and dicts of them only.
+    """Write `vae` (a LiteVAE) and `extra` to `path`: tensors, numbers, strings, lists and dicts of them only.
 
-    `ema` is a LiteVAE that holds averaged weights. The file is written beside `path`, flushed to disk and
-    renamed over it, so a kill at any moment leaves the previous checkpoint whole. ValueError for a fused
-    model, whose SMC parameters are gone.
+    `ema` is a LiteVAE that holds averaged weights. ValueError for a fused model, whose SMC parameters are gone.
     """
     if vae.config.use_smc and not any(isinstance(m, SMC) for m in vae.modules()):
         raise ValueError("this model's SMCs were fused for inference: save it before calling fuse()")
     checkpoint = {"format": CHECKPOINT_FORMAT, "config": dict(vae.config), "model": dict(vae.state_dict())}
     if ema is not None:
         checkpoint["ema"] = dict(ema.state_dict())
+    write_checkpoint(path, {**checkpoint, **extra})
+
+
+def write_checkpoint(path, checkpoint):
+    """Write a dict to `path`, so that a kill at any moment leaves the file that stood there before, whole."""
+    # Beside it, flushed to disk, renamed over it.
     path = os.fspath(path)
     partial = path + ".partial"
     with open(partial, "wb") as file:
-        torch.save({**checkpoint, **extra}, file)
+        torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU. FileNotFoundError or ValueError, in one sentence."""
+def load_checkpoint(path, format=CHECKPOINT_FORMAT):
+    """The dict that was written to `path`, on the CPU. FileNotFoundError or ValueError, in one sentence.
+
+    ValueError if the file is damaged, or holds a checkpoint of another format than `format`.
+    """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}")
@@ -920,8 +933,9 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is no checkpoint of this project, or it is damaged ({_one_line(error)})") from None
     if broken is not None:
         raise ValueError(f"{path} is damaged: the checksum of {broken} is wrong")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is no LiteVAE checkpoint of format {CHECKPOINT_FORMAT}")
+    held = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if held != format:
+        raise ValueError(f"{path} is no LiteVAE checkpoint of format {format}" + (f" but of {held}" if held else ""))
     return checkpoint
 
 

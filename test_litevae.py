@@ -1,4 +1,4 @@
-"""Tests of LiteVAE, in the order of the files they test: litevae.py section by section, train.py, eval.py.
+"""Tests of LiteVAE, in the order of the files they test: litevae.py section by section, train.py, sample_ldm.py, eval.py.
 
     pip install -r requirements.txt pytest PyWavelets scikit-image diffusers pytorch-fid && python -m pytest
 
@@ -38,6 +38,7 @@ from PIL import Image
 
 import eval as evaluation  # the name of a built-in function
 import litevae
+import sample_ldm
 import train
 from litevae import (LPIPS, PRESETS, SMC, DiagonalGaussianDistribution, HaarTransform, LiteVAE, LiteVAEEncoder,
                      LiteVAEUNetBlock, MidBlock2D, ResBlock, ResBlockWithSMC, SDVAEDecoder, SDVAEEncoder,
@@ -751,6 +752,9 @@ def leaves(value):
         for k, v in value.items():
             assert isinstance(k, (str, int))
             yield from leaves(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from leaves(v)
     else:
         yield value
 
@@ -942,7 +946,7 @@ def test_folder_positions_repeat_and_epochs_shuffle(folder):
     orders = []
     for epoch in range(3):
         a[epoch * len(files)]
-        orders.append(a.order.tolist())
+        orders.append(a.order.order.tolist())
         assert sorted(orders[-1]) == list(range(len(files)))
     assert len(set(map(tuple, orders))) > 1
 
@@ -1320,7 +1324,7 @@ def test_help_states_every_default(capsys):
     for words in ("default: S, with --data B", "default: 64, with --data 128", "with --data 0.0001", "multiple of 8", "default: auto"):
         assert words in text
     without = {"--help", "--data", "--val", "--resume", "--init", "--compile"}  # switches, and what has no default
-    for action in train.build_parser()._actions:
+    for action in train.build_parser().parser._actions:
         assert action.help and ("default" in action.help or action.option_strings[-1] in without), action.option_strings
 
 
@@ -1338,6 +1342,656 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
         for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "d_loss"):
             assert (a[name] == b[name] == "") or float(b[name]) == pytest.approx(float(a[name]), rel=2e-3, abs=1e-4), (a["step"], name)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000008.png"]
+
+
+# ------------------------------------------------------------------------------------------------------
+# sample_ldm.py: diffusion and its samplers
+# ------------------------------------------------------------------------------------------------------
+
+
+def gaussian_denoiser(mean, cov):
+    """The ideal denoiser of N(mean, cov): E[x | x + sigma n] = mean + cov (cov + sigma^2)^-1 (y - mean)."""
+    def denoise(y, sigma):
+        gain = cov @ torch.linalg.inv(cov + sigma[0] ** 2 * torch.eye(len(cov), dtype=cov.dtype))
+        return mean + (y - mean) @ gain.T
+    return denoise
+
+
+MEAN, COV = torch.tensor([0.5, -1.0], dtype=torch.float64), torch.tensor([[0.8, 0.6], [0.6, 1.3]], dtype=torch.float64)
+
+
+def test_preconditioning_at_the_limits_and_at_unit_variance():
+    edges = torch.tensor([1e-9, 1e9], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = sample_ldm.preconditioning(edges)
+    assert torch.allclose(c_skip, torch.tensor([1.0, 0.0]).double()) and torch.allclose(c_out, torch.tensor([0.0, 1.0]).double())
+    assert torch.allclose(c_in * edges, torch.tensor([0.0, 1.0]).double()) and torch.allclose(c_noise, edges.log() / 4)
+    for data in (1.0, 0.5):  # for data of that deviation, EDM's requirements: inputs and targets of variance 1
+        sigma = torch.logspace(-3, 3, 13, dtype=torch.float64)
+        c_skip, c_out, c_in, _ = sample_ldm.preconditioning(sigma, data)
+        assert torch.allclose(c_in**2 * (data**2 + sigma**2), torch.ones(13).double())
+        target = ((1 - c_skip) ** 2 * data**2 + c_skip**2 * sigma**2) / c_out**2  # of (x - c_skip y) / c_out
+        assert torch.allclose(target, torch.ones(13).double())
+        assert (c_skip < 1).all() and torch.allclose(c_skip, data**2 / (sigma**2 + data**2))
+
+
+def test_denoiser_puts_the_network_between_its_scales():
+    seen = []
+
+    def net(x, c_noise, label):
+        seen.append((x, c_noise, label))
+        return x.square()
+    x, sigma = torch.randn(3, 2, 4, 4), torch.tensor([0.1, 1.0, 10.0])
+    out = sample_ldm.Denoiser(net)(x, sigma, "label")
+    for i, s in enumerate(sigma.tolist()):
+        c_in = 1 / math.sqrt(s * s + 1)
+        assert torch.allclose(seen[0][0][i], c_in * x[i]) and seen[0][1][i].item() == pytest.approx(math.log(s) / 4)
+        assert torch.allclose(out[i], x[i] / (s * s + 1) + s * c_in * (c_in * x[i]) ** 2, atol=1e-5)
+    assert seen[0][2] == "label"
+
+
+def test_loss_of_perfect_denoisers():
+    x, noise = torch.randn(200_000, 1, dtype=torch.float64), torch.randn(200_000, 1, dtype=torch.float64)
+    for s in (0.1, 1.0, 7.0):
+        sigma = torch.full((len(x),), s, dtype=torch.float64)
+        for std in (1.0, 0.3):  # of N(0, std^2): the posterior's variance std^2 s^2 / (std^2 + s^2), times lambda
+            loss = sample_ldm.diffusion_loss(lambda y, sigma, label: std**2 / (std**2 + s**2) * y, std * x, sigma, noise)
+            assert loss.item() == pytest.approx(std**2 * (s**2 + 1) / (std**2 + s**2), rel=0.01)
+        zero = sample_ldm.Denoiser(lambda x, c_noise, label: torch.zeros_like(x))
+        assert sample_ldm.diffusion_loss(zero, x, sigma, noise).item() == pytest.approx(1.0, rel=0.01)  # an untrained network
+    point = torch.full((5, 2, 3, 3), 0.7)
+    assert sample_ldm.diffusion_loss(lambda y, sigma, label: point, point, torch.rand(5) + 0.1, torch.randn(5, 2, 3, 3)) == 0
+
+
+def test_noise_levels_are_log_normal_and_the_schedule_is_edms():
+    assert sample_ldm.noise_levels(torch.tensor([0.0, 1.0, -2.0]), -1.2, 0.5).log().tolist() == pytest.approx([-1.2, -0.7, -2.2])
+    sigmas = sample_ldm.sigma_schedule(18)
+    assert len(sigmas) == 19 and sigmas[0] == pytest.approx(80) and sigmas[17] == pytest.approx(0.002) and sigmas[18] == 0
+    for i in range(18):  # EDM Eq. 5
+        assert sigmas[i] == pytest.approx((80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
+    assert sample_ldm.sigma_schedule(1) == [pytest.approx(80), 0.0]
+
+
+@pytest.mark.parametrize("churn", [0.0, 40.0])
+def test_samples_of_gaussian_data_have_its_mean_and_covariance(churn):
+    sigmas = sample_ldm.sigma_schedule(40)
+    x = sigmas[0] * torch.randn(40_000, 2, dtype=torch.float64)
+    denoise = gaussian_denoiser(MEAN, COV)
+    if churn:
+        out = sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x), churn)
+    else:
+        out = sample_ldm.heun_sampler(denoise, x, sigmas)
+    assert (out.mean(0) - MEAN).abs().max() < 0.02
+    assert (out.T.cov() - COV).abs().max() < 0.03
+
+
+def test_heun_converges_at_second_order_to_the_exact_solution():
+    values, vectors = torch.linalg.eigh(COV)
+    x = 5 * torch.randn(50, 2, dtype=torch.float64)
+
+    def error(steps):
+        sigmas = sample_ldm.sigma_schedule(steps, sigma_min=0.1, sigma_max=5.0)[:-1]  # not the last, which is Euler's
+        out = sample_ldm.heun_sampler(gaussian_denoiser(MEAN, COV), x, sigmas)
+        shrink = ((values + 0.1**2) / (values + 5.0**2)).sqrt()  # along each eigenvector, the ODE in closed form
+        exact = MEAN + (x - MEAN) @ vectors @ shrink.diag() @ vectors.T
+        return (out - exact).abs().max().item()
+    errors = [error(n) for n in (33, 65, 129)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 18])
+def test_a_point_mass_is_reached_exactly(steps):
+    point, sigmas = torch.randn(1, 2, 4, 4, dtype=torch.float64), sample_ldm.sigma_schedule(steps)
+    x = sigmas[0] * torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    denoise = lambda y, sigma: point.expand_as(y)  # noqa: E731
+    assert (sample_ldm.heun_sampler(denoise, x, sigmas) - point).abs().max() < 1e-12
+    assert (sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x)) - point).abs().max() < 1e-12
+
+
+def test_stochastic_sampler_equals_algorithm_2_as_a_loop():
+    N, sigmas = 12, sample_ldm.sigma_schedule(12)
+    x0 = sigmas[0] * torch.randn(6, 2, dtype=torch.float64)
+    noise = [torch.randn(6, 2, dtype=torch.float64) for _ in range(N)]
+    D, S_churn, S_tmin, S_tmax, S_noise = gaussian_denoiser(MEAN, COV), 3.0, 0.05, 10.0, 1.1
+
+    x, used = x0, iter(noise)
+    for i in range(N):  # EDM, Algorithm 2, line by line
+        t, t_next = sigmas[i], sigmas[i + 1]
+        gamma = min(S_churn / N, math.sqrt(2) - 1) if S_tmin <= t <= S_tmax else 0
+        t_hat = t + gamma * t
+        x_hat = x + math.sqrt(t_hat**2 - t**2) * S_noise * next(used) if gamma else x
+        d = (x_hat - D(x_hat, [t_hat])) / t_hat
+        x = x_hat + (t_next - t_hat) * d
+        if t_next != 0:
+            x = x_hat + (t_next - t_hat) * (d + (x - D(x, [t_next])) / t_next) / 2
+    randn = iter(noise)
+    out = sample_ldm.stochastic_sampler(D, x0, sigmas, lambda: next(randn), S_churn, S_tmin, S_tmax, S_noise)
+    assert (out - x).abs().max() < 1e-12
+    assert 0 < len(list(randn)) < N  # new noise inside the range alone
+    plain = sample_ldm.stochastic_sampler(D, x0, sigmas, None, churn=0.0)
+    assert torch.equal(plain, sample_ldm.heun_sampler(D, x0, sigmas)) and not torch.allclose(plain, out)
+
+
+def test_the_samplers_ask_for_2n_minus_1_evaluations():
+    calls = []
+    sample_ldm.heun_sampler(lambda x, sigma: calls.append(sigma) or x, torch.zeros(4, 1), sample_ldm.sigma_schedule(18))
+    assert len(calls) == 35 and all(sigma.shape == (4,) for sigma in calls)
+
+
+def test_guidance_goes_along_the_line_from_no_label_to_the_label():
+    unet = randomise(sample_ldm.UNet(2, 32, (1,), 1, (), classes=3))
+    denoiser, x, sigma = sample_ldm.Denoiser(unet), torch.randn(4, 2, 3, 3), torch.rand(4) + 0.5
+    label = torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        conditional, none = denoiser(x, sigma, label), denoiser(x, sigma)
+        assert torch.equal(none, denoiser(x, sigma, torch.full((4,), 3))) and not torch.allclose(none, conditional, atol=1e-3)
+        for w in (0.0, 1.0, 3.0):
+            out = sample_ldm.guided(denoiser, label, w)(x, sigma)
+            assert torch.allclose(out, none + w * (conditional - none), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------
+# sample_ldm.py: network and latents
+# ------------------------------------------------------------------------------------------------------
+
+
+def diffusers_unet_names(unet):
+    """{our module: diffusers' module} of a UNet with one attention level, its last."""
+    names = {"embed.0": "time_embedding.linear_1", "embed.2": "time_embedding.linear_2", "conv_in": "conv_in",
+             "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+    levels, blocks = len(unet.config.ch_mult), unet.config.num_res_blocks
+
+    def block(ours, theirs, number, attention=None):
+        for a, b in (("norm_in", "norm1"), ("conv_in", "conv1"), ("embed", "time_emb_proj"), ("norm_out", "norm2"), ("conv_out", "conv2"),
+                     ("skip_connection", "conv_shortcut")):
+            names[f"{ours}.{a}"] = f"{theirs}.resnets.{number}.{b}"
+        attention = number if attention is None else attention
+        for a, b in (("norm", "group_norm"), ("qkv", "to_qkv"), ("proj_out", "to_out.0")):
+            names[f"{ours}.attention.{a}"] = f"{theirs}.attentions.{attention}.{b}"
+    i = 0
+    for level in range(levels):
+        for number in range(blocks):
+            block(f"down.{i}", f"down_blocks.{level}", number)
+            i += 1
+        if level < levels - 1:
+            names[f"down.{i}"] = f"down_blocks.{level}.downsamplers.0.conv"
+            i += 1
+    block("mid.0", "mid_block", 0)
+    block("mid.1", "mid_block", 1)
+    i = 0
+    for level in range(levels):
+        for number in range(blocks + 1):
+            block(f"up.{i}", f"up_blocks.{level}", number)
+            i += 1
+        if level < levels - 1:
+            names[f"up.{i}"] = f"up_blocks.{level}.upsamplers.0.conv"
+            i += 1
+    return names
+
+
+@pytest.mark.parametrize("scale_shift", [False, True], ids=["LDM's", "ADM's"])
+def test_unet_equals_diffusers_with_the_same_weights(scale_shift):
+    ours = randomise(sample_ldm.UNet(4, 32, (1, 2, 3), 2, (1, 2), scale_shift), 0.05).eval()
+    theirs = diffusers.UNet2DModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(32, 64, 96), norm_eps=1e-6,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), attention_head_dim=32,
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default").eval()
+    state, names = {}, diffusers_unet_names(ours)
+    for name, tensor in ours.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        if module.endswith("qkv"):
+            for part, piece in zip("qkv", tensor.flatten(1).squeeze(-1).chunk(3)):
+                state[f"{names[module]}.{kind}".replace("to_qkv", f"to_{part}")] = piece
+        else:
+            state[f"{names[module]}.{kind}"] = tensor.flatten(1) if module.endswith("proj_out") and kind == "weight" else tensor
+    theirs.load_state_dict(state)  # strict
+    x, c_noise = torch.randn(2, 4, 16, 16), torch.tensor([-1.2, 0.7])
+    with torch.no_grad():
+        assert torch.allclose(ours(x, c_noise), theirs(x, 100 * c_noise).sample, atol=2e-5)
+
+
+def test_sizes_of_the_presets():
+    with torch.device("meta"):
+        sizes = {(name, nz): count(sample_ldm.UNet(nz, **preset)) for name, preset in sample_ldm.PRESETS.items() for nz in (3, 4, 12)}
+    assert sizes["ldm", 3] == 274_056_163  # LDM's Table 12, CelebA-HQ and FFHQ: 274 M; the released CelebA-HQ model exactly
+    assert sizes["ldm", 4] == 274_060_196 and sizes["small", 4] == SMALL and sizes["quick", 12] == 4_002_700
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 12)])
+def test_unet_takes_any_size_and_starts_at_zero(size):
+    unet = sample_ldm.UNet(3, 32, (1, 2), 1, (1,), classes=2)
+    x, label = torch.randn(2, 3, *size), torch.tensor([0, 1])
+    assert unet(x, torch.randn(2), label).abs().max() == 0
+    out = randomise(unet)(x, torch.randn(2), label)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+    assert unet.label_embed.weight.grad[2].abs().max() == 0 < unet.label_embed.weight.grad[:2].abs().amax(1).min()
+
+
+def test_noise_level_reaches_the_network_as_sinusoids():
+    e = sample_ldm.noise_embedding(torch.tensor([-0.3, 1.0]), 8)
+    for row, c in zip(e.tolist(), (-0.3, 1.0)):
+        angles = [100 * c * 10_000 ** (-i / 4) for i in range(4)]
+        assert row == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-5)
+
+
+class ToyVAE(nn.Module):
+    """An autoencoder with known latents: block means of two colours, stretched and shifted; std 0.5 and 0.1."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = litevae.Config(latent_dim=2)
+        self.register_buffer("scale", torch.tensor([3.0, 0.2]).view(2, 1, 1))
+        self.register_buffer("shift", torch.tensor([-1.0, 5.0]).view(2, 1, 1))
+
+    def encode(self, image):
+        mean = F.avg_pool2d(image[:, :2], 8) * self.scale + self.shift
+        logvar = torch.tensor([0.5, 0.1]).log().mul(2).view(2, 1, 1).expand_as(mean)
+        return litevae.EncoderOutput(DiagonalGaussianDistribution(torch.cat([mean, logvar], dim=1)))
+
+    def decode(self, z):
+        image = F.interpolate((z - self.shift) / self.scale, scale_factor=8)
+        return litevae.DecoderOutput(torch.cat([image, image[:, :1]], dim=1), None)
+
+
+def test_latents_are_normalised_by_what_was_measured_and_come_back():
+    vae, machine = ToyVAE(), train.Machine("cpu")
+    images = torch.randint(0, 256, (6, 4, 3, 16, 16), dtype=torch.uint8)
+    mean, std = sample_ldm.measure_latents(vae, iter(images), 6, machine)
+    space = sample_ldm.LatentSpace(vae, mean, std)
+    mu, sigma = space.posterior(machine.images(images.flatten(0, 1)))
+    assert torch.allclose(mean, mu.mean((0, 2, 3)), atol=1e-5)
+    # The variance of a drawn latent: that of its mean, plus the posterior's own.
+    assert torch.allclose(std, (mu.var((0, 2, 3), correction=0) + sigma.square().mean((0, 2, 3))).sqrt(), atol=1e-5)
+    x = space.normalise(mu + sigma * torch.randn(200, *mu.shape))
+    assert x.mean((0, 1, 3, 4)).abs().max() < 0.01 and (x.std((0, 1, 3, 4)) - 1).abs().max() < 0.01
+    round_trip = space.decode(space.normalise(mu))
+    assert torch.allclose(F.avg_pool2d(round_trip[:, :2], 8), F.avg_pool2d(machine.images(images.flatten(0, 1))[:, :2], 8), atol=1e-5)
+    assert not any(p.requires_grad for p in space.parameters()) and not space.vae.training
+    dead = sample_ldm.measure_latents(ToyVAE(), iter(torch.full((1, 4, 3, 16, 16), 255, dtype=torch.uint8)), 1, machine)[1]
+    assert dead.tolist() == pytest.approx([0.5, 0.1], rel=1e-3)  # no spread but the posterior's
+
+
+def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, vae_file):
+    machine, space = train.Machine("cpu"), sample_ldm.LatentSpace(LiteVAE.from_checkpoint(vae_file), torch.zeros(4), torch.ones(4))
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_text("broken")
+    images = train.ImageFolder(train.find_images(tmp_path), 16, augment=False, labels=[3, 1, 4, 1, 5, 9])
+    args = tmp_path / "latents", images, 6, space, (4, 2, 2), machine, 2, 0
+    sample_ldm.cache_latents(*args)
+    cached = sample_ldm.CachedLatents(tmp_path / "latents", seed=3, labelled=True)
+    x = machine.images(torch.stack([images[i][0] for i in range(6)]))
+    plain, flipped = (torch.stack(space.posterior(a), 1) for a in (x, x.flip(-1)))  # (6, 2, 4, 2, 2)
+    assert (flipped - plain.flip(-1)).abs().max() > 0.05  # which is why it is the images that are flipped
+    found = []
+    for position in range(60):
+        moments, label = cached[position]
+        distance = torch.stack([(a - moments.float()).abs().amax((1, 2, 3)) for a in (plain, flipped)])  # (2, 6)
+        flip, index = divmod(int(distance.argmin()), 6)
+        assert distance.min() < 2e-3 and label == images[index][1] and torch.equal(cached[position][0], moments)
+        found.append((index, flip))
+    assert [label for _, label in (images[i] for i in range(6))] == [3, 1, 4, 1, 5, 3]  # the broken one's neighbour and its label
+    for epoch in range(10):  # each file once an epoch; the broken one's place is its neighbour's
+        assert sorted(index % 5 for index, _ in found[6 * epoch:6 * epoch + 6]) == [0, 0, 1, 2, 3, 4]
+    assert 10 < sum(flip for _, flip in found) < 50 and len({tuple(found[6 * e:6 * e + 6]) for e in range(10)}) == 10
+
+    before = (tmp_path / "latents" / "moments.npy").stat().st_mtime_ns
+    sample_ldm.cache_latents(*args)  # taken up as it is
+    assert (tmp_path / "latents" / "moments.npy").stat().st_mtime_ns == before
+    with pytest.raises(train.UsageError, match="another autoencoder"):
+        nn.init.zeros_(space.vae.encoder.feature_aggregator.out_layer.bias)
+        sample_ldm.cache_latents(*args)
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_a_tiny_model_learns_two_clusters(classes):
+    """Constant latents of +1 and -1: samples fall on either, half of them each, or on the one that is asked for."""
+    torch.manual_seed(1)
+    denoiser = sample_ldm.Denoiser(sample_ldm.UNet(1, 32, (1,), 1, (), classes=classes))
+    ema = train.EMA(denoiser, 0.98)
+    optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
+    for _ in range(250):
+        label = torch.randint(0, 2, (64,))
+        x = (2.0 * label - 1).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+        sigma = sample_ldm.noise_levels(torch.randn(64), 0.0, 1.2)
+        kept = torch.where(torch.rand(64) < 0.2, 2, label) if classes else None
+        loss = sample_ldm.diffusion_loss(denoiser, x, sigma, torch.randn(64, 1, 2, 2), kept)
+        train.optimizer_step(loss, denoiser.parameters(), optimizer, 1.0)
+        ema.update(denoiser)
+    sigmas, noise = sample_ldm.sigma_schedule(12), torch.randn(200, 1, 2, 2)
+    with torch.no_grad():
+        out = sample_ldm.heun_sampler(sample_ldm.guided(ema.model), sigmas[0] * noise, sigmas)
+        assert ((out.abs() - 1).abs().amax((1, 2, 3)) < 0.25).float().mean() > 0.9
+        assert 0.3 < (out.mean((1, 2, 3)) > 0).float().mean() < 0.7
+        if classes:
+            wanted = torch.arange(200) % 2
+            for guidance in (1.0, 1.5):
+                out = sample_ldm.heun_sampler(sample_ldm.guided(ema.model, wanted, guidance), sigmas[0] * noise, sigmas)
+                assert ((out.mean((1, 2, 3)) > 0) == (wanted == 1)).float().mean() > 0.97
+
+
+# ------------------------------------------------------------------------------------------------------
+# sample_ldm.py: whole runs
+# ------------------------------------------------------------------------------------------------------
+
+LDM = ["train", "--device", "cpu", "--workers", "0", "--resolution", "16", "--batch-size", "4", "--noise-draws", "2", "--log-every", "1",
+       "--save-every", "1000"]
+
+
+def ldm(*args):
+    """sample_ldm.py in this process; its exit status."""
+    return sample_ldm.main([str(a) for a in args])
+
+
+@pytest.fixture
+def tiny_ldm(monkeypatch):
+    """Small networks and few images to measure latents on."""
+    tiny = {"channels": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attention": (1,)}
+    for name in ("quick", "small"):
+        monkeypatch.setitem(sample_ldm.PRESETS, name, tiny)
+    monkeypatch.setattr(sample_ldm, "STATISTICS_IMAGES", 8)
+    monkeypatch.setattr(sample_ldm, "BUILT_IN_CACHE", 6)
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    """Images in two sub-folders: red ones and blue ones."""
+    for name, colour in (("red", (250, 20, 20)), ("blue", (10, 20, 240))):
+        (tmp_path / "classes" / name / "deep").mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (20 + i, 24), colour).save(tmp_path / "classes" / name / ("deep" if i % 2 else "") / f"{i}.png")
+    return tmp_path / "classes"
+
+
+def same_ldm(a, b):
+    a, b = (sample_ldm.load_ldm(path / "checkpoint.pt") for path in (a, b))
+    pairs = [(a[k], b[k]) for k in ("model", "ema", "training", "step", "latent_mean", "latent_std")]
+    return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(leaves([p[0] for p in pairs]), leaves([p[1] for p in pairs])))
+
+
+@pytest.mark.parametrize("how", ["on the fly", "cached", "classes", "workers"])
+def test_resumed_diffusion_equals_an_uninterrupted_run_to_the_bit(how, tmp_path, vae_file, tiny_ldm, class_folder, request):
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    torch.set_num_threads(2)
+    options = {"on the fly": [], "cached": ["--cache-latents"], "workers": ["--data", class_folder, "--workers", 2],
+               "classes": ["--data", class_folder, "--class-cond", "--cache-latents"]}[how]
+    options = [*LDM, *options, "--save-every", 4]
+    assert ldm(*options, "--vae", vae_file, "--steps", 10, "--out", tmp_path / "a") == 0
+    assert ldm(*options, "--vae", vae_file, "--steps", 5, "--out", tmp_path / "b") == 0
+    # The autoencoder is in the checkpoint: where it came from no longer matters.
+    assert ldm("train", "--resume", "--steps", 10, "--out", tmp_path / "b") == 0
+    assert same_ldm(tmp_path / "a", tmp_path / "b")
+    a, b = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [r["step"] for r in b] == [str(i) for i in range(1, 11)] and [r["loss"] for r in a] == [r["loss"] for r in b]
+    assert a[-1]["val_loss"] == b[-1]["val_loss"]
+    assert ("latents" in {p.name for p in (tmp_path / "a").iterdir()}) == ("--cache-latents" in options)
+    assert all(0 <= float(r["encode_share"]) < 1 for r in a)
+
+
+def test_a_stop_signal_saves_the_denoiser_first(tmp_path, vae_file, tiny_ldm, monkeypatch):
+    step = sample_ldm.DiffusionTask.step
+
+    def interrupted(self, batch, index, log):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, index, log)
+    monkeypatch.setattr(sample_ldm.DiffusionTask, "step", interrupted)
+    assert ldm(*LDM, "--vae", vae_file, "--steps", 6, "--out", tmp_path / "a") == 128 + signal.SIGTERM
+    monkeypatch.setattr(sample_ldm.DiffusionTask, "step", step)
+    assert sample_ldm.load_ldm(tmp_path / "a" / "checkpoint.pt")["step"] == 3
+    assert ldm("train", "--resume", "--out", tmp_path / "a") == 0
+    assert ldm(*LDM, "--vae", vae_file, "--steps", 6, "--out", tmp_path / "b") == 0
+    assert same_ldm(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_diffusion_step_that_is_not_finite_is_skipped_and_counted(tmp_path, vae_file, tiny_ldm, monkeypatch):
+    poison(monkeypatch, {2 + 1, 2 + 3})  # after the two batches that latents are measured on
+    assert ldm(*LDM, "--vae", vae_file, "--steps", 6, "--out", tmp_path / "a") == 0
+    checkpoint = sample_ldm.load_ldm(tmp_path / "a" / "checkpoint.pt")
+    assert checkpoint["training"]["skipped"] == 2 and checkpoint["training"]["ema_updates"] == 4
+    assert all(v.isfinite().all() for k in ("model", "ema") for v in checkpoint[k].values())
+    assert [r["skipped"] for r in rows(tmp_path / "a")] == ["0", "1", "1", "2", "2", "2"]
+
+
+def test_a_diffusion_run_leaves_checkpoint_log_and_samples(tmp_path, vae_file, tiny_ldm):
+    out = tmp_path / "a"
+    assert ldm(*LDM, "--vae", vae_file, "--steps", 4, "--save-every", 2, "--out", out) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "log.csv", "samples-000002.png", "samples-000004.png"]
+    assert Image.open(out / "samples-000004.png").size == (8 * 130 - 2, 2 * 130 - 2)
+    checkpoint = sample_ldm.load_ldm(out / "checkpoint.pt")
+    assert all(isinstance(v, (torch.Tensor, int, float, str)) for v in leaves(checkpoint))
+    vae = LiteVAE.from_checkpoint(vae_file)  # the averaged weights
+    assert checkpoint["vae"]["model"].keys() == vae.state_dict().keys()
+    assert all(torch.equal(checkpoint["vae"]["model"][k], v) for k, v in vae.state_dict().items())
+    images = train.Machine("cpu").images(torch.stack([train.BuiltInImages(16, 0)[i] for i in range(8)]))
+    d = vae.encode(images).latent_dist
+    assert torch.allclose(checkpoint["latent_mean"], d.mean.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(checkpoint["latent_std"], (d.mean.var((0, 2, 3), correction=0) + d.std.square().mean((0, 2, 3))).sqrt(), atol=1e-5)
+    last = rows(out)[-1]
+    assert all(math.isfinite(float(last[name])) for name in ("loss", "grad_norm", "lr", "encode_share", "val_loss", "images_per_second"))
+    assert 0.5 < float(rows(out)[0]["loss"]) < 2  # an untrained network's is 1
+
+
+@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--model", "small"], ["--noise-mean", -1, "--noise-std", 0.5], ["--lr-decay-after", 1]])
+def test_every_option_of_diffusion_trains(options, tmp_path, vae_file, tiny_ldm):
+    assert ldm(*LDM, *options, "--vae", vae_file, "--steps", 2, "--out", tmp_path / "a") == 0
+    assert all(math.isfinite(float(r["loss"])) for r in rows(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("latent_dim, output_type", [(1, "image"), (12, "wavelet")])
+def test_diffusion_takes_latents_of_any_width_and_the_resolution_of_the_autoencoder(latent_dim, output_type, tmp_path, tiny_ldm):
+    save_checkpoint(tmp_path / "vae.pt", small_vae(latent_dim=latent_dim, output_type=output_type), args={"resolution": 24})
+    options = [o for o in LDM if o not in ("--resolution", "16")]
+    assert ldm(*options, "--vae", tmp_path / "vae.pt", "--steps", 1, "--out", tmp_path / "a") == 0
+    assert ldm("sample", "--ldm", tmp_path / "a" / "checkpoint.pt", "-n", 1, "--steps", 2, "--device", "cpu") == 0
+    assert Image.open(tmp_path / "a" / "samples" / "images" / "000000.png").size == (24, 24)
+
+
+def test_classes_come_from_sub_folders_and_are_dropped_for_guidance(tmp_path, vae_file, tiny_ldm, class_folder, monkeypatch):
+    seen = []
+    loss = sample_ldm.diffusion_loss
+
+    def spy(denoiser, x, sigma, noise, label=None):
+        seen.append((x.detach().clone(), label))
+        return loss(denoiser, x, sigma, noise, label)
+    monkeypatch.setattr(sample_ldm, "diffusion_loss", spy)
+    assert ldm(*LDM, "--data", class_folder, "--class-cond", "--class-dropout", 0.5, "--batch-size", 8, "--noise-draws", 4, "--vae", vae_file,
+               "--steps", 6, "--out", tmp_path / "a") == 0
+    checkpoint = sample_ldm.load_ldm(tmp_path / "a" / "checkpoint.pt")
+    assert checkpoint["classes"] == ["blue", "red"] and checkpoint["config"]["classes"] == 2
+    labels = torch.cat([label for _, label in seen if len(label) == 32])
+    assert 0.35 < (labels == 2).float().mean() < 0.65  # 192 of them
+    # Latents of one colour lie together: those of each label must be those of its folder.
+    vae = LiteVAE.from_checkpoint(vae_file)
+    pure = [vae.encode(torch.tensor(c).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1).latent_dist.mean
+            for c in ((10.0, 20, 240), (250.0, 20, 20))]
+    mean, std = (checkpoint[k].view(-1, 1, 1) for k in ("latent_mean", "latent_std"))
+    for x, label in seen:
+        for latent, k in zip(x * std + mean, label):
+            nearest = int(np.argmin([(latent - p[0]).square().sum().item() for p in pure]))
+            assert k in (nearest, 2)
+
+
+def pixels(folder):
+    return [np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("*.png"))]
+
+
+@pytest.fixture(scope="session")
+def ldm_file(tmp_path_factory, vae_file):
+    """A checkpoint of random weights, with two classes."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("ldm") / "checkpoint.pt"
+    unet = lambda: randomise(sample_ldm.UNet(4, 32, (1, 2), 1, (1,), classes=2), 0.1)  # noqa: E731
+    raw, ema, vae = sample_ldm.Denoiser(unet()), sample_ldm.Denoiser(unet()), LiteVAE.from_checkpoint(vae_file)
+    litevae.write_checkpoint(path, {
+        "format": sample_ldm.LDM_FORMAT, "config": dict(raw.net.config), "model": dict(raw.state_dict()), "ema": dict(ema.state_dict()),
+        "classes": ["cat", "dog"], "resolution": 32, "latent_mean": torch.zeros(4), "latent_std": torch.ones(4),
+        "vae": {"config": dict(vae.config), "model": dict(vae.state_dict())}})
+    return path
+
+
+def draw_samples(ldm_file, out, *options):
+    assert ldm("sample", "--ldm", ldm_file, "--out", out, "--device", "cpu", "--steps", 3, *options) == 0
+    return pixels(out / "images")
+
+
+@pytest.mark.parametrize("churn", [[], ["--churn", 40]], ids=["Heun", "stochastic"])
+def test_a_seed_gives_the_same_pictures_whatever_the_batch_size_and_number(churn, ldm_file, tmp_path):
+    a = draw_samples(ldm_file, tmp_path / "a", "-n", 5, *churn)
+    assert len(a) == 5 and all(x.shape == (32, 32, 3) for x in a)
+    for name, options in {"again": ["-n", 5], "one by one": ["-n", 5, "--batch-size", 1], "fewer": ["-n", 3, "--batch-size", 2]}.items():
+        b = draw_samples(ldm_file, tmp_path / name, *options, *churn)
+        assert all(np.abs(x - y).max() <= 1 for x, y in zip(a, b)) and (name != "again" or all((x == y).all() for x, y in zip(a, b)))
+    other = draw_samples(ldm_file, tmp_path / "other", "-n", 5, "--seed", 1, *churn)
+    assert all(np.abs(x - y).mean() > 2 for x, y in zip(a, other)) and np.abs(a[0] - a[2]).mean() > 2
+
+
+def test_samples_are_what_the_samplers_and_the_decoder_make_of_the_noise(ldm_file, tmp_path):
+    a = draw_samples(ldm_file, tmp_path / "a", "-n", 3, "--guidance", 2, "--size", "16x40")
+    checkpoint = sample_ldm.load_ldm(ldm_file)
+    denoiser, space = sample_ldm.build(checkpoint)
+    denoiser.load_state_dict(checkpoint["ema"])
+    sigmas, label = sample_ldm.sigma_schedule(3), torch.tensor([0, 1, 0])  # classes take turns
+    noise = sample_ldm.ImageNoise(0, range(3))((4, 2, 5))
+    with torch.no_grad():
+        x = sample_ldm.heun_sampler(sample_ldm.guided(denoiser, label, 2.0), sigmas[0] * noise, sigmas)
+        images = train.to_pixels(space.vae.decode(x).sample) * 255
+    for picture, image in zip(a, images):
+        assert picture.shape == (16, 40, 3) and np.abs(picture - image.permute(1, 2, 0).numpy()).max() <= 1
+    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    assert grid.shape == (128 // 40 * 16, 3 * (120 + 2) - 2, 3) and (grid[::3, :120:3] == a[0]).all()
+
+
+def test_options_of_sampling_change_the_pictures(ldm_file, tmp_path):
+    plain = draw_samples(ldm_file, tmp_path / "plain", "-n", 2, "--class", "dog")
+    for i, options in enumerate((["--raw-weights"], ["--class", "cat"], ["--guidance", 4], ["--churn", 40], ["--steps", 5],
+                                 ["--churn", 40, "--churn-noise", 1.5], ["--churn", 40, "--churn-range", 1, 2])):
+        changed = draw_samples(ldm_file, tmp_path / str(i), "-n", 2, "--class", "dog", *options)
+        assert all(np.abs(x - y).max() > 1 for x, y in zip(plain, changed)), options
+    mixed = draw_samples(ldm_file, tmp_path / "mixed", "-n", 2)  # cat, dog
+    assert (mixed[1] == plain[1]).all() and (mixed[0] != plain[0]).any()
+    assert all((x == y).all() for x, y in zip(plain, draw_samples(ldm_file, tmp_path / "same", "-n", 2, "--class", "dog", "--churn", 0)))
+
+
+def test_samples_are_never_overwritten_and_fid_reads_them(ldm_file, tmp_path, capsys):
+    alone = tmp_path / "ldm.pt"  # all that sampling needs
+    alone.write_bytes(ldm_file.read_bytes())
+    for name in ("samples", "samples-2", "samples-3"):
+        assert ldm("sample", "--ldm", alone, "-n", 3, "--steps", 2, "--device", "cpu") == 0
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["grid.png", "images"]
+    assert ldm("sample", "--ldm", alone, "-n", 3, "--device", "cpu", "--out", tmp_path / "samples") == 1
+    assert "choose another --out" in capsys.readouterr().err
+    assert len(evaluation.Images(tmp_path / "samples" / "images", None)) == 3  # the grid is not among them
+    assert all((a == b).all() for a, b in zip(pixels(tmp_path / "samples" / "images"), pixels(tmp_path / "samples-3" / "images")))
+
+
+def test_interrupted_sampling_keeps_what_it_has(ldm_file, tmp_path, monkeypatch, capsys):
+    decode, calls = sample_ldm.LatentSpace.decode, []
+
+    def interrupted(self, x):
+        calls.append(x)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(self, x)
+    monkeypatch.setattr(sample_ldm.LatentSpace, "decode", interrupted)
+    assert ldm("sample", "--ldm", ldm_file, "-n", 8, "--batch-size", 2, "--steps", 2, "--out", tmp_path / "a", "--device", "cpu") == 130
+    assert len(pixels(tmp_path / "a" / "images")) == 4 and (tmp_path / "a" / "grid.png").exists()
+    assert "stopped; 4 images" in capsys.readouterr().out
+
+
+def test_two_processes_train_and_sample_what_one_does(tmp_path, vae_file):
+    """torchrun with two processes and gloo, against one process with the same global batch."""
+    options = [*LDM, "--vae", vae_file, "--steps", 3, "--cache-latents", "--resolution", "8"]
+    patch = ("import sys, sample_ldm\nsample_ldm.BUILT_IN_CACHE, sample_ldm.STATISTICS_IMAGES = 5, 8\n"
+             "sample_ldm.PRESETS['quick'] = dict(channels=32, ch_mult=(1, 2), num_res_blocks=1, attention=(1,))\nsys.exit(sample_ldm.main())")
+    (tmp_path / "tiny.py").write_text(patch)
+
+    def launch(processes, *args):
+        command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [])
+        done = subprocess.run([*command, str(tmp_path / "tiny.py"), *map(str, args)], capture_output=True, text=True, timeout=200,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+        assert done.returncode == 0, done.stderr[-2000:]
+    launch(1, *options, "--out", tmp_path / "one")
+    launch(2, *options, "--out", tmp_path / "two")
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-3) and b["val_loss"][:5] == a["val_loss"][:5]
+    assert len(rows(tmp_path / "two")) == 3
+    one, two = (np.load(tmp_path / name / "latents" / "moments.npy") for name in ("one", "two"))
+    assert one.shape == (5, 2, 2, 4, 1, 1) and np.abs(one.astype(float) - two).max() < 2e-3 and (two != 0).all()
+    launch(2, "sample", "--ldm", tmp_path / "one" / "checkpoint.pt", "-n", 5, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s2")
+    assert ldm("sample", "--ldm", tmp_path / "one" / "checkpoint.pt", "-n", 5, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s1") == 0
+    a, b = pixels(tmp_path / "s1" / "images"), pixels(tmp_path / "s2" / "images")
+    assert len(a) == len(b) == 5 and all(np.abs(x - y).max() <= 1 for x, y in zip(a, b)) and (tmp_path / "s2" / "grid.png").exists()
+
+
+BAD_LDM = {
+    "no autoencoder": (["train"], "--vae is missing"),
+    "not there": (["train", "--vae", "{tmp}/none.pt"], "no checkpoint at"),
+    "no checkpoint": (["train", "--vae", "{tmp}/text.pt"], "no checkpoint of this project"),
+    "a diffusion model": (["train", "--vae", "{ldm}"], "litevae-1 but of litevae-ldm-1"),
+    "an autoencoder": (["sample", "--ldm", "{vae}"], "litevae-ldm-1 but of litevae-1"),
+    "no statistics": (["sample", "--ldm", "{tmp}/unscaled.pt"], "no latent_mean and no latent_std"),
+    "other weights": (["sample", "--ldm", "{tmp}/other.pt"], "not those of the model"),
+    "other autoencoder weights": (["train", "--vae", "{tmp}/othervae.pt"], "not those of the model"),
+    "resolution": (["train", "--vae", "{vae}", "--resolution", 20], "multiple of 8"),
+    "no draws": (["train", "--vae", "{vae}", "--noise-draws", 0], "--noise-draws"),
+    "noise": (["train", "--vae", "{vae}", "--noise-std", 0], "--noise-std"),
+    "dropout": (["train", "--vae", "{vae}", "--class-dropout", 2], "--class-dropout"),
+    "classes of built-in images": (["train", "--vae", "{vae}", "--class-cond"], "sub-folders of --data"),
+    "classes without folders": (["train", "--vae", "{vae}", "--class-cond", "--data", "{tmp}/flat"], "two or more"),
+    "class of held-out images": (["train", "--vae", "{vae}", "--class-cond", "--data", "{classes}", "--val", "{tmp}/flat"], "in no folder"),
+    "nothing to resume": (["train", "--resume", "--out", "{tmp}/none"], "no checkpoint at"),
+    "already there": (["train", "--vae", "{vae}", "--out", "{tmp}/run"], "--resume"),
+    "other rate of noise": (["train", "--resume", "--noise-mean", 3, "--out", "{tmp}/run"], "keeps it"),
+    "zero samples": (["sample", "--ldm", "{ldm}", "-n", 0], "-n must be at least 1"),
+    "zero steps": (["sample", "--ldm", "{ldm}", "--steps", 0], "--steps must be at least 1"),
+    "size": (["sample", "--ldm", "{ldm}", "--size", 20], "multiple of 8"),
+    "sizes": (["sample", "--ldm", "{ldm}", "--size", "16x20"], "multiple of 8"),
+    "no size": (["sample", "--ldm", "{ldm}", "--size", "large"], "multiple of 8"),
+    "unknown class": (["sample", "--ldm", "{ldm}", "--class", "cow"], "cat, dog"),
+    "negative churn": (["sample", "--ldm", "{ldm}", "--churn", -1], "--churn"),
+    "negative seed": (["sample", "--ldm", "{ldm}", "--seed", -1], "--seed must not be negative"),
+    "no command": ([], "COMMAND"),
+    "unknown command": (["paint"], "paint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LDM)
+def test_diffusion_that_cannot_be_is_refused_in_one_sentence(case, vae_file, ldm_file, class_folder, tmp_path, capsys):
+    checkpoint = torch.load(ldm_file)
+    write = litevae.write_checkpoint
+    write(tmp_path / "unscaled.pt", {k: v for k, v in checkpoint.items() if "latent" not in k})
+    write(tmp_path / "other.pt", {**checkpoint, "config": {**checkpoint["config"], "channels": 64}})
+    vae = load_checkpoint(vae_file)
+    write(tmp_path / "othervae.pt", {**vae, "config": {**vae["config"], "latent_dim": 7}})
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "checkpoint.pt", {**checkpoint, "training": {}, "step": 3, "args": {"noise_mean": 0.0, "command": "train"}})
+    (tmp_path / "text.pt").write_text("nothing of the kind")
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "flat" / "x.png")
+    options, words = BAD_LDM[case]
+    options = [str(o).format(tmp=tmp_path, vae=vae_file, ldm=ldm_file, classes=class_folder) for o in options]
+    if options[1:] and "--out" not in options:
+        options += ["--out", str(tmp_path / "new")]
+    assert ldm(*options, *(["--device", "cpu"] if options[1:] else [])) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("sample_ldm.py: ") and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_of_diffusion_states_every_default(capsys):
+    parser, _ = sample_ldm.build_parser()
+    switches = {"--help", "--data", "--val", "--resume", "--compile", "--vae", "--cache-latents", "--class-cond", "--ldm", "--raw-weights"}
+    for command in next(a for a in parser._actions if a.dest == "command").choices.values():
+        for action in command._actions:
+            assert action.help and ("default" in action.help or action.option_strings[-1] in switches), action.option_strings
+    with pytest.raises(SystemExit):
+        ldm("train", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: quick, with --data small" in text and "updates of the denoiser" in text
 
 
 # ------------------------------------------------------------------------------------------------------

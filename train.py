@@ -15,8 +15,9 @@ From top to bottom:
     1  Images            BuiltInImages (dead leaves), ImageFolder, load_image
     2  Looking           to_pixels, save_grid, psnr
     3  Around the step   what every training script needs: Machine, fit, ...
-    4  The step          AutoencoderTask: Eq. 1 and the discriminator
-    5  Arguments         the two recipes and main
+    4  What is asked for the options every training script has: Options, complete, ...
+    5  The step          AutoencoderTask: Eq. 1 and the discriminator
+    6  The two recipes   QUICK_START, PAPER and main
 """
 
 import argparse
@@ -53,19 +54,20 @@ class UsageError(Exception):
 # a batch agree on it without a word. Items are (3, H, W) uint8, a quarter of the bytes of float32.
 
 
-def dead_leaves(size, rng):
+def dead_leaves(size, rng, clutter=1.0):
     """A synthetic photograph: (size, size, 3) uint8, drawn from `rng` alone.
 
     Opaque leaves with a power law of sizes fall on one another. That alone gives the edges, the occlusions
     and the scale invariance of natural images (Lee, Mumford & Huang 2001). Each leaf has shading and
     textures of its own, so that calm areas lie beside busy ones and the amplitude spectrum stays near 1/f
     (Field 1987). Exposure, contrast, white balance, saturation, clutter and focus are drawn once an image:
-    it is in these that photographs differ most from one another.
+    it is in these that photographs differ most from one another. `clutter` scales the number of small leaves
+    and the strength of textures: at 0 two to nine large, smooth leaves are left.
     """
     # The leaves: a few large ones first (ground, sky, walls), then radii r with p(r) ~ r^-3, small ones late.
     r_min, r_max = np.exp(rng.uniform(np.log(1.2), np.log(14))), 0.8 * size
     large = rng.integers(2, 8)
-    small = int(min(rng.uniform(0.2, 2.2) * (size / r_min) ** 2 / 4, 1.5 * size))  # capped: time is linear in it
+    small = int(clutter * min(rng.uniform(0.2, 2.2) * (size / r_min) ** 2 / 4, 1.5 * size))  # capped: time is linear
     n = large + small
     radius = (r_min**-2 + rng.random(small) * (r_max**-2 - r_min**-2)) ** -0.5  # inverse of the cumulative
     radius = np.concatenate([size * rng.uniform(0.3, 1.3, large),
@@ -105,7 +107,7 @@ def dead_leaves(size, rng):
     look[:, 3:5] = rng.normal(0, 0.2, (n, 2)) / np.maximum(radius, 8)[:, None]
     look[:, 5] = -(look[:, 3:5] * centre).sum(axis=1)  # no shading at the centre
     strength = rng.lognormal(-0.3, 0.9) * rng.lognormal(0, 1.2, (n, 4)) * [0.08, 0.1, 0.1, 0.12]
-    look[:, 6:] = np.minimum(strength, 0.35) * (rng.random((n, 4)) < [1, 0.6, 0.3, 0.15])
+    look[:, 6:] = clutter * np.minimum(strength, 0.35) * (rng.random((n, 4)) < [1, 0.6, 0.3, 0.15])
     wave = rng.uniform(0.2, 2.5, (n, 1)) * np.stack([np.cos(angle), np.sin(angle)], axis=1)  # radians a pixel
 
     # Look every pixel up. The mean of its four samples antialiases the edges.
@@ -138,11 +140,11 @@ def _noise(size, slope, rng, stretch=1.0, angle=0.0):
 class BuiltInImages:
     """An endless stream of dead-leaves images: position -> (3, resolution, resolution) uint8."""
 
-    def __init__(self, resolution, seed):
-        self.resolution, self.seed = resolution, seed
+    def __init__(self, resolution, seed, clutter=1.0):
+        self.resolution, self.seed, self.clutter = resolution, seed, clutter
 
     def __getitem__(self, position):
-        image = dead_leaves(self.resolution, np.random.default_rng((self.seed, position)))  # (H, W, 3)
+        image = dead_leaves(self.resolution, np.random.default_rng((self.seed, position)), self.clutter)  # (H, W, 3)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 
@@ -197,31 +199,39 @@ def load_image(path, resolution, rng=None):
     return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
 
 
+class Shuffled:
+    """The positions of an endless stream as indices of `n` things, in a new order each epoch."""
+
+    def __init__(self, n, seed):
+        self.n, self.seed, self.epoch = n, seed, None
+
+    def __getitem__(self, position):
+        epoch, index = divmod(position, self.n)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        return int(self.order[index])
+
+
 class ImageFolder:
     """Image files as a stream: shuffled anew each epoch, cropped and flipped at random if `augment`.
 
-    position -> (3, resolution, resolution) uint8. A file that cannot be read is replaced by the next one
-    that can; `unreadable()` names each such file once. UsageError if none can be read.
+    position -> (3, resolution, resolution) uint8; with `labels`, a number for each file, -> (that, label).
+    A file that cannot be read is replaced by the next one that can; `unreadable()` names each such file once.
+    UsageError if none can be read.
     """
 
-    def __init__(self, files, resolution, seed=0, augment=True):
-        self.files, self.resolution, self.seed, self.augment = files, resolution, seed, augment
+    def __init__(self, files, resolution, seed=0, augment=True, labels=None):
+        self.files, self.resolution, self.seed, self.augment, self.labels = files, resolution, seed, augment, labels
         self.broken = torch.zeros(len(files), dtype=torch.uint8).share_memory_()  # workers mark, the main process reads
         self.reported = set()
-        self.order, self.epoch = None, None
+        self.order = Shuffled(len(files), seed)
         self[0]  # at least one file must be readable
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, position):
-        index = position
-        if self.augment:
-            epoch, index = divmod(position, len(self.files))
-            if epoch != self.epoch:
-                self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
-                self.epoch = epoch
-            index = int(self.order[index])
+        index = self.order[position] if self.augment else position
         for attempt in range(len(self.files)):
             candidate = (index + attempt) % len(self.files)
             if self.broken[candidate]:
@@ -233,7 +243,8 @@ class ImageFolder:
             except Exception:  # PIL raises a dozen kinds for a dozen kinds of damage
                 self.broken[candidate] = 1
                 continue
-            return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+            return image if self.labels is None else (image, self.labels[candidate])
         raise UsageError(f"none of the {len(self.files)} images can be read, {self.files[0]} for one")
 
     def unreadable(self):
@@ -331,12 +342,16 @@ class Machine:
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None,
                                        broadcast_buffers=False)
 
+    def average(self, tensor):
+        """`tensor`, averaged over the processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor / self.world
+
     def mean(self, values):
         """A dict of scalars, averaged over the processes, as floats."""
         tensor = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return dict(zip(values, (tensor / self.world).tolist()))
+        return dict(zip(values, self.average(tensor).tolist()))
 
     def any(self, flag):
         """Whether `flag` is true in any process."""
@@ -345,6 +360,16 @@ class Machine:
         tensor = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(tensor)
         return tensor.item() > 0
+
+    def wait(self):
+        """Return once every process has come here."""
+        self.any(False)
+
+    def now(self):
+        """Seconds on a clock, once the device has done all it was given."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        return time.perf_counter()
 
 
 def batches(dataset, batch_size, start, machine, workers):
@@ -461,7 +486,8 @@ MAX_BAD_STEPS = 20  # not finite, in a row
 def fit(task, args, machine, dataset, start):
     """The training loop. `task` brings what is trained:
 
-    task.step(image, step, log)  one update; returns scalars (all of them if `log`) and "finite", whether it counted
+    task.step(batch, step, log)  one update on what `dataset` gives; returns scalars (all of them if `log`) and
+                                 "finite", whether it counted
     task.report(step)            pictures and held-out numbers (main process only); returns scalars
     task.save(step)              writes the checkpoint (main process only)
     task.fields, task.shown      the scalars' names, which are log.csv's columns; those on the progress bar
@@ -481,7 +507,7 @@ def fit(task, args, machine, dataset, start):
             due = done % args.save_every == 0 or done == args.steps
             logged = done % args.log_every == 0 or due
             torch.manual_seed(args.seed * 1_000_003 + step)  # so that all noise resumes exactly
-            values = task.step(machine.images(next(stream)), step, logged)
+            values = task.step(next(stream), step, logged)
             images += args.batch_size
 
             finite = values.pop("finite")
@@ -521,7 +547,189 @@ def fit(task, args, machine, dataset, start):
 
 
 # ------------------------------------------------------------------------------------------------------
-# 4  The step (Eq. 1, Sec. 4.3)
+# 4  What is asked for: the options that every training script has
+# ------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists every option)")
+
+
+class Options:
+    """Options whose defaults are a recipe's: `quick` without --data, `data` with it, or the same for both.
+
+    The parser leaves what was not given at None; `recipe` tells what it then is.
+    """
+
+    def __init__(self, parser, quick, data):
+        self.parser, self.quick, self.data, self.both = parser, quick, data, {}
+
+    def group(self, title):
+        self.current = self.parser.add_argument_group(title)
+
+    def add(self, name, text, default=None, **how):
+        key = name.lstrip("-").replace("-", "_")
+        if key in self.quick:
+            quick, data = self.quick[key], self.data[key]
+            text += f" (default: {quick}" + (f", with --data {data})" if quick != data else ")")
+        elif default is not None:
+            text += f" (default: {default})"
+            self.both[key] = default
+        self.current.add_argument(name, help=text.replace("%", "%%"), default=None, **how)
+
+    def recipe(self, data):
+        return {**(self.data if data else self.quick), **self.both}
+
+
+def add_run_options(options, out, steps):
+    """What is trained on and for how long; `out` names the default folders, `steps` says what a step is."""
+    options.group("run")
+    options.add("--data", "folder of images to train on, searched recursively; without it: built-in images",
+                metavar="DIR")
+    options.add("--val", "folder of held-out images; without it, 1 file in 20 of --data is held out, 64 at most",
+                metavar="DIR")
+    options.add("--out", f"folder for checkpoint, log and pictures (default: {out})", metavar="DIR")
+    options.add("--resume", "go on from --out's checkpoint, with the options it was started with", action="store_true")
+    options.add("--steps", steps, type=int)
+    options.add("--batch-size", "images a step, over all processes", type=int)
+    options.add("--resolution", "side of the square crops in pixels, a multiple of 8", type=int)
+    options.add("--seed", "seed of weights, images and noise", type=int, default=0)
+    options.add("--save-every", "steps between checkpoints, pictures and held-out measurements", type=int)
+    options.add("--log-every", "steps between rows of log.csv", type=int)
+    options.add("--workers", "processes that load images (default: as many as cores, 8 at most; on a CPU 0, which "
+                "is the main process)", type=int)
+    options.add("--device", "cuda, cuda:1, mps, cpu (default: the best there is)")
+    options.add("--precision", "bf16 runs the networks in bfloat16; auto does where the GPU is built for it",
+                choices=["auto", "fp32", "bf16"], default="auto")
+
+
+def add_optimiser_options(options):
+    options.group("optimisation")
+    options.add("--lr", "Adam's learning rate", type=float)
+    options.add("--beta1", "Adam's first beta", type=float)
+    options.add("--beta2", "Adam's second beta", type=float)
+    options.add("--lr-warmup", "steps of linear warm-up", type=int)
+    options.add("--lr-decay-after", "steps after which the rate falls as 1/sqrt(step); 0: never", type=int)
+    options.add("--clip", "largest gradient norm", type=float, default=1.0)
+    options.add("--ema", "decay of the averaged weights, reached from (1+n)/(10+n)", type=float)
+
+
+# What a resumed run may be given anew; all else is what it was.
+CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precision", "compile", "data", "val", "lr",
+              "clip", "resume", "out"}
+
+
+def complete(args, options, out, load):
+    """What was given, what is to fill it up, and with --resume the checkpoint, which `load` reads.
+
+    The filling is the recipe, or with --resume what the run was started with. `args.out` defaults to `out`.
+    """
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    args.out = given["out"] = str(Path(given.get("out", out)))
+    if not args.resume:
+        if (Path(args.out) / "checkpoint.pt").exists():
+            raise UsageError(f"{args.out} already holds a run: go on with --resume, or choose another --out")
+        return given, options.recipe(args.data), None
+    checkpoint = load_or_say(load, Path(args.out) / "checkpoint.pt", "--resume")
+    if "training" not in checkpoint:
+        raise UsageError(f"{args.out}/checkpoint.pt holds a model but no training state: start from it with --init")
+    kept = checkpoint["args"]
+    for key, value in given.items():
+        if key not in CHANGEABLE and value != kept.get(key):
+            raise UsageError(f"the run in {args.out} was started with {flag(key)} {kept.get(key)}, not {value}: "
+                             "a resumed run keeps it, so leave the option out")
+    return given, kept, checkpoint
+
+
+def load_or_say(load, path, option):
+    """load(path), whose errors become a UsageError that names the option."""
+    try:
+        return load(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{option}: {error}")
+
+
+def flag(key):
+    return ("-" if len(key) == 1 else "--") + key.replace("_", "-")
+
+
+def at_least(smallest, args, key):
+    value = getattr(args, key)
+    if value is not None and value < smallest:
+        raise UsageError(f"{flag(key)} must " + (f"be at least {smallest}" if smallest else "not be negative")
+                         + f", got {value}")
+
+
+def check_run(args, checkpoint):
+    """Refuse what no run can work with, in one sentence each."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for key in ("steps", "batch_size", "save_every", "log_every"):
+        at_least(1, args, key)
+    for key in ("lr_warmup", "lr_decay_after", "seed", "workers"):
+        at_least(0, args, key)
+    if args.resolution < 8 or args.resolution % 8:
+        raise UsageError(f"--resolution must be a multiple of 8, got {args.resolution}")
+    if args.seed >= 2**32 - 1:
+        raise UsageError(f"--seed must be below {2**32 - 1}, got {args.seed}")
+    if args.batch_size % world:
+        raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: make it a multiple")
+    if not args.lr > 0 or not args.clip > 0:
+        raise UsageError(f"--lr and --clip must be above 0, got {args.lr} and {args.clip}")
+    for key in ("ema", "beta1", "beta2"):
+        if not 0 <= getattr(args, key) < 1:
+            raise UsageError(f"--{key} must be at least 0 and below 1, got {getattr(args, key)}")
+    if args.resume and checkpoint["step"] >= args.steps:
+        raise UsageError(f"the run in {args.out} has done its {checkpoint['step']} steps: raise --steps to go on")
+
+
+def open_images(args, label=None, clutter=1.0):
+    """The images to train on, those held out, and a word about them; `clutter` is of built-in ones.
+
+    With `label`, a function of a file and of the folder it was found below, items are (image, label). UsageError
+    if there is nothing to read.
+    """
+    def images(files, root, **how):
+        return ImageFolder(files, args.resolution, labels=label and [label(file, root) for file in files], **how)
+
+    held_out = images(find_images(args.val), args.val, augment=False) if args.val else None
+    if args.data:
+        files = find_images(args.data)
+        if not held_out:
+            held_out = images(files[::20][:64], args.data, augment=False)
+            files = [f for f in files if f not in set(held_out.files)] or held_out.files
+        about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
+        return images(files, args.data, seed=args.seed), held_out, about
+    if not held_out:
+        unseen = BuiltInImages(args.resolution, 2**32 - 1, clutter)  # a seed no run trains on
+        held_out = [unseen[i] for i in range(64)]
+    return BuiltInImages(args.resolution, args.seed, clutter), held_out, f"built-in images, {len(held_out)} held out"
+
+
+def announce(name, model, about, args, machine, start):
+    """The run in one line; and the folder it writes into."""
+    if machine.rank == 0:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        print(f"{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {about}, at "
+              f"{args.resolution}x{args.resolution}; {machine.device}, {'bf16' if machine.bf16 else 'fp32'}; "
+              f"steps {start} to {args.steps}; all goes to {args.out}", flush=True)
+
+
+def run_script(name, work):
+    """work(), whose exit status is returned; a UsageError becomes one sentence and status 1."""
+    try:
+        return work()
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------
+# 5  The step (Eq. 1, Sec. 4.3)
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -553,8 +761,8 @@ class AutoencoderTask:
             self.vae.decoder.compile()
         self.vae_parallel = machine.parallel(self.vae)
 
-    def step(self, image, step, log):
-        args = self.args
+    def step(self, batch, step, log):
+        args, image = self.args, self.machine.images(batch)  # (B, 3, H, W)
         for optimizer in [self.optimizer] + ([self.d_optimizer] if self.discriminator else []):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.lr, args.lr_warmup, args.lr_decay_after)
@@ -640,19 +848,19 @@ class AutoencoderTask:
         self.vae.load_state_dict(checkpoint["model"])
         self.ema.model.load_state_dict(checkpoint["ema"])
         self.ema.updates, self.skipped = training["ema_updates"], training["skipped"]
-        _load_optimizer(self.optimizer, training["optimizer"])
+        load_optimizer(self.optimizer, training["optimizer"])
         if self.discriminator:
             self.discriminator.load_state_dict(training["discriminator"])
-            _load_optimizer(self.d_optimizer, training["d_optimizer"])
+            load_optimizer(self.d_optimizer, training["d_optimizer"])
 
 
-def _load_optimizer(optimizer, state):
+def load_optimizer(optimizer, state):
     # The moments come from the file, learning rate and the like from the arguments.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # ------------------------------------------------------------------------------------------------------
-# 5  Arguments
+# 6  The two recipes
 # ------------------------------------------------------------------------------------------------------
 
 # What `python train.py` runs: tuned for the PSNR that four minutes on two CPU cores can reach. Predicting
@@ -678,183 +886,74 @@ PAPER = dict(
     save_every=2_000, log_every=50)
 
 ARCHITECTURE = ("size", "latent_dim", "decoder_channels", "output_type", "use_smc", "use_1x1_conv")
-# What a resumed run may be given anew; all else is what it was.
-CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precision", "compile", "data", "val", "lr",
-              "clip", "resume", "out"}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists every option)")
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = Options(Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter), QUICK_START, PAPER)
+    add_run_options(options, "runs/quickstart, with --data runs/litevae", "updates of the autoencoder")
+    options.add("--init", "start from this checkpoint's averaged weights, e.g. --resolution 256 for the second stage",
+                metavar="CKPT")
+    options.add("--compile", "torch.compile the encoder and decoder: a slow start, then faster steps",
+                action="store_true")
 
-    def option(group, name, text, **how):
-        """An option whose default depends on the recipe, or is given as `default`."""
-        key, default = name[2:].replace("-", "_"), how.pop("default", None)
-        if key in PAPER:
-            quick, paper = QUICK_START[key], PAPER[key]
-            text += f" (default: {quick}" + (f", with --data {paper})" if quick != paper else ")")
-        elif default is not None:
-            text += f" (default: {default})"
-            DEFAULTS[key] = default
-        group.add_argument(name, help=text.replace("%", "%%"), default=None, **how)
+    options.group("model")
+    options.add("--size", "encoder, Tables 23 and 24", choices=list(PRESETS))
+    options.add("--latent-dim", "channels of the latent, nz", type=int)
+    options.add("--decoder-channels", "width of the decoder; 128 is Stable Diffusion's", type=int)
+    options.add("--output-type", "what the decoder predicts", choices=["image", "wavelet"])
+    options.add("--use-smc", "SMC instead of GroupNorm in the decoder, Sec. 4.2", action=argparse.BooleanOptionalAction)
+    options.add("--use-1x1-conv", "1x1 convolutions around the latent, Table 17", action=argparse.BooleanOptionalAction)
 
-    group = parser.add_argument_group("run")
-    option(group, "--data", "folder of images to train on, searched recursively; without it: built-in images",
-           metavar="DIR")
-    option(group, "--val", "folder of held-out images; without it, 1 file in 20 of --data is held out, 64 at most",
-           metavar="DIR")
-    option(group, "--out", "folder for checkpoint, log and pictures (default: runs/quickstart, with --data "
-           "runs/litevae)", metavar="DIR")
-    option(group, "--resume", "go on from --out's checkpoint, with the options it was started with",
-           action="store_true")
-    option(group, "--init", "start from this checkpoint's averaged weights, e.g. --resolution 256 for the second stage",
-           metavar="CKPT")
-    option(group, "--steps", "updates of the autoencoder", type=int)
-    option(group, "--batch-size", "images a step, over all processes", type=int)
-    option(group, "--resolution", "side of the square crops in pixels, a multiple of 8", type=int)
-    option(group, "--seed", "seed of weights, images and noise", type=int, default=0)
-    option(group, "--save-every", "steps between checkpoints, pictures and held-out PSNR", type=int)
-    option(group, "--log-every", "steps between rows of log.csv", type=int)
-    option(group, "--workers", "processes that load images (default: as many as cores, 8 at most; on a CPU 0, which "
-           "is the main process)", type=int)
-    option(group, "--device", "cuda, cuda:1, mps, cpu (default: the best there is)")
-    option(group, "--precision", "bf16 runs the networks in bfloat16; auto does where the GPU is built for it",
-           choices=["auto", "fp32", "bf16"], default="auto")
-    option(group, "--compile", "torch.compile the encoder and decoder: a slow start, then faster steps",
-           action="store_true")
+    add_optimiser_options(options)
 
-    group = parser.add_argument_group("model")
-    option(group, "--size", "encoder, Tables 23 and 24", choices=list(PRESETS))
-    option(group, "--latent-dim", "channels of the latent, nz", type=int)
-    option(group, "--decoder-channels", "width of the decoder; 128 is Stable Diffusion's", type=int)
-    option(group, "--output-type", "what the decoder predicts", choices=["image", "wavelet"])
-    option(group, "--use-smc", "SMC instead of GroupNorm in the decoder, Sec. 4.2",
-           action=argparse.BooleanOptionalAction)
-    option(group, "--use-1x1-conv", "1x1 convolutions around the latent, Table 17",
-           action=argparse.BooleanOptionalAction)
-
-    group = parser.add_argument_group("optimisation")
-    option(group, "--lr", "Adam's learning rate, of both networks", type=float)
-    option(group, "--beta1", "Adam's first beta", type=float)
-    option(group, "--beta2", "Adam's second beta", type=float)
-    option(group, "--lr-warmup", "steps of linear warm-up", type=int)
-    option(group, "--lr-decay-after", "steps after which the rate falls as 1/sqrt(step); 0: never", type=int)
-    option(group, "--clip", "largest gradient norm", type=float, default=1.0)
-    option(group, "--ema", "decay of the averaged weights, reached from (1+n)/(10+n)", type=float)
-
-    group = parser.add_argument_group("losses, Eq. 1")
-    option(group, "--perceptual", "perceptual loss", choices=["lpips", "none"])
+    options.group("losses, Eq. 1")
+    options.add("--perceptual", "perceptual loss", choices=["lpips", "none"])
     for name, weight in LOSS_WEIGHTS.items():
-        option(group, f"--weight-{name}", f"weight of the {name} term", type=float, default=weight)
-    option(group, "--discriminator", "adversarial loss", choices=["unet", "none"])
-    option(group, "--disc-channels", "width of the discriminator", type=int, default=64)
-    option(group, "--disc-start", "step from which its loss counts", type=int)
-    option(group, "--disc-warmup", "steps it trains before that, and over which its weight then ramps up", type=int)
-    return parser
-
-
-DEFAULTS = {}  # of the options that do not depend on the recipe; filled by build_parser
+        options.add(f"--weight-{name}", f"weight of the {name} term", type=float, default=weight)
+    options.add("--discriminator", "adversarial loss", choices=["unet", "none"])
+    options.add("--disc-channels", "width of the discriminator", type=int, default=64)
+    options.add("--disc-start", "step from which its loss counts", type=int)
+    options.add("--disc-warmup", "steps it trains before that, and over which its weight then ramps up", type=int)
+    return options
 
 
 def parse_args(argv=None):
     """The command line, completed from the recipe (or, with --resume, from the checkpoint) and checked."""
-    args = build_parser().parse_args(argv)
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    out = Path(given.get("out") or ("runs/litevae" if args.data else "runs/quickstart"))
-    checkpoint = None
-    if args.resume:
-        checkpoint = _load(out / "checkpoint.pt", "--resume")
-        if "training" not in checkpoint:
-            raise UsageError(f"{out}/checkpoint.pt holds a model but no training state: start from it with --init")
-        kept = checkpoint["args"]
-        for key, value in given.items():
-            if key not in CHANGEABLE and value != kept.get(key):
-                raise UsageError(f"the run in {out} was started with {_flag(key)} {kept.get(key)}, not {value}: "
-                                 "a resumed run keeps it, so leave the option out")
-        recipe = kept
-    else:
-        if (out / "checkpoint.pt").exists():
-            raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out")
-        recipe = {**(PAPER if args.data else QUICK_START), **DEFAULTS}
-        if args.init:
-            checkpoint = _load(args.init, "--init")
-            for key in ARCHITECTURE:
-                held = checkpoint["config"][key]
-                if given.get(key, held) != held:
-                    raise UsageError(f"{args.init} holds a LiteVAE with {_flag(key)} {held}, not {given[key]}: leave "
-                                     "the option out, or train without --init")
-                recipe[key] = held
-    for key, value in {**recipe, **given, "out": str(out)}.items():
+    options = build_parser()
+    args = options.parser.parse_args(argv)
+    given, recipe, checkpoint = complete(args, options, "runs/litevae" if args.data else "runs/quickstart", load_checkpoint)
+    if args.init and not args.resume:
+        checkpoint = load_or_say(load_checkpoint, args.init, "--init")
+        for key in ARCHITECTURE:
+            held = checkpoint["config"][key]
+            if given.get(key, held) != held:
+                raise UsageError(f"{args.init} holds a LiteVAE with {flag(key)} {held}, not {given[key]}: leave "
+                                 "the option out, or train without --init")
+            recipe[key] = held
+    for key, value in {**recipe, **given}.items():
         setattr(args, key, value)
-    _check(args, checkpoint)
+    check_run(args, checkpoint)
+    _check(args)
     return args, checkpoint
 
 
-def _flag(key):
-    return "--" + key.replace("_", "-")
-
-
-def _load(path, option):
-    try:
-        return load_checkpoint(path)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{option}: {error}")
-
-
-def _check(args, checkpoint):
-    """Refuse what cannot work, in one sentence each."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for key in ("steps", "batch_size", "latent_dim", "decoder_channels", "disc_channels", "save_every", "log_every"):
-        if getattr(args, key) < 1:
-            raise UsageError(f"{_flag(key)} must be at least 1, got {getattr(args, key)}")
-    for key in ("disc_start", "disc_warmup", "lr_warmup", "lr_decay_after", "seed"):
-        if getattr(args, key) < 0:
-            raise UsageError(f"{_flag(key)} must not be negative, got {getattr(args, key)}")
-    if args.workers is not None and args.workers < 0:
-        raise UsageError(f"--workers must not be negative, got {args.workers}")
-    if args.resolution < 8 or args.resolution % 8:
-        raise UsageError(f"--resolution must be a multiple of 8, got {args.resolution}")
+def _check(args):
+    """Refuse what no autoencoder can be trained with."""
+    for key in ("latent_dim", "decoder_channels", "disc_channels"):
+        at_least(1, args, key)
+    for key in ("disc_start", "disc_warmup"):
+        at_least(0, args, key)
     if args.resolution < 16 and (args.discriminator != "none" or args.perceptual != "none"):
         raise UsageError("the discriminator and LPIPS need a --resolution of at least 16, got 8")
-    if args.seed >= 2**32 - 1:
-        raise UsageError(f"--seed must be below {2**32 - 1}, got {args.seed}")
-    if args.batch_size % world:
-        raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: make it a multiple")
-    if not args.lr > 0 or not args.clip > 0:
-        raise UsageError(f"--lr and --clip must be above 0, got {args.lr} and {args.clip}")
-    for key in ("ema", "beta1", "beta2"):
-        if not 0 <= getattr(args, key) < 1:
-            raise UsageError(f"--{key} must be at least 0 and below 1, got {getattr(args, key)}")
     if args.discriminator != "none" and args.disc_start >= args.steps:
         raise UsageError(f"the discriminator's loss would start at step {args.disc_start}, beyond the last of "
                          f"{args.steps}: lower --disc-start, raise --steps, or go without it: --discriminator none")
-    if args.resume and checkpoint["step"] >= args.steps:
-        raise UsageError(f"the run in {args.out} has done its {checkpoint['step']} steps: raise --steps to go on")
 
 
 def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     torch.manual_seed(args.seed)
-    if args.data:
-        files = find_images(args.data)
-        if args.val:
-            held_out_files = find_images(args.val)
-        else:
-            held_out_files = files[::20][:64]
-            files = [f for f in files if f not in set(held_out_files)] or held_out_files
-        dataset = ImageFolder(files, args.resolution, args.seed)
-        held_out = ImageFolder(held_out_files, args.resolution, augment=False)
-        about = f"{len(files)} images of {args.data}"
-    else:
-        dataset = BuiltInImages(args.resolution, args.seed)
-        held_out = ImageFolder(find_images(args.val), args.resolution, augment=False) if args.val else \
-            [BuiltInImages(args.resolution, seed=2**32 - 1)[i] for i in range(64)]  # a seed no run trains on
-        about = "built-in images"
-
+    dataset, held_out, about = open_images(args)
     vae = LiteVAE(**(checkpoint["config"] if checkpoint else {key: getattr(args, key) for key in ARCHITECTURE}))
     discriminator = UNetDiscriminator(args.disc_channels) if args.discriminator == "unet" else None
     try:
@@ -871,29 +970,18 @@ def prepare(args, machine, checkpoint):
     if args.resume:
         task.resume(checkpoint)
         start = checkpoint["step"]
-    if machine.rank == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        count, side = sum(p.numel() for p in vae.parameters()), args.resolution // 8
-        print(f"LiteVAE-{args.size}, {count / 1e6:.2f} M parameters, latent {side}x{side}x{args.latent_dim}; "
-              f"{about} at {args.resolution}x{args.resolution}, {len(held_out)} held out; "
-              f"{machine.device}, {'bf16' if machine.bf16 else 'fp32'}; steps {start} to {args.steps}; "
-              f"all goes to {args.out}", flush=True)
+    side = args.resolution // 8
+    announce(f"LiteVAE-{args.size}", vae, f"latent {side}x{side}x{args.latent_dim}; {about}", args, machine, start)
     return task, dataset, start
 
 
 def main(argv=None):
-    try:
+    def work():
         args, checkpoint = parse_args(argv)
         machine = Machine(args.device, args.precision)
         task, dataset, start = prepare(args, machine, checkpoint)
         return fit(task, args, machine, dataset, start)
-    except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return run_script("train.py", work)
 
 
 if __name__ == "__main__":
