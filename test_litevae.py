@@ -1411,17 +1411,15 @@ def test_noise_levels_are_log_normal_and_the_schedule_is_edms():
     assert sample_ldm.sigma_schedule(1) == [pytest.approx(80), 0.0]
 
 
-@pytest.mark.parametrize("churn", [0.0, 40.0])
-def test_samples_of_gaussian_data_have_its_mean_and_covariance(churn):
-    sigmas = sample_ldm.sigma_schedule(40)
-    x = sigmas[0] * torch.randn(40_000, 2, dtype=torch.float64)
-    denoise = gaussian_denoiser(MEAN, COV)
-    if churn:
-        out = sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x), churn)
-    else:
-        out = sample_ldm.heun_sampler(denoise, x, sigmas)
-    assert (out.mean(0) - MEAN).abs().max() < 0.02
-    assert (out.T.cov() - COV).abs().max() < 0.03
+def test_samples_of_gaussian_data_have_its_mean_and_covariance():
+    sigmas, denoise = sample_ldm.sigma_schedule(200), gaussian_denoiser(MEAN, COV)
+    # The ideal denoiser is affine, so all of Algorithm 1 is: three samples give its map, without any chance.
+    start, *ends = sample_ldm.heun_sampler(denoise, torch.tensor([[0.0, 0], [1, 0], [0, 1]], dtype=torch.float64), sigmas)
+    A = torch.stack([end - start for end in ends], dim=1)
+    assert (start - MEAN).abs().max() < 0.02 and (80**2 * A @ A.T - COV).abs().max() < 0.003
+    x = 80 * torch.randn(100_000, 2, dtype=torch.float64)
+    out = sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x), churn=40)
+    assert (out.mean(0) - MEAN).abs().max() < 0.02 and (out.T.cov() - COV).abs().max() < 0.03
 
 
 def test_heun_converges_at_second_order_to_the_exact_solution():
@@ -1535,15 +1533,15 @@ def test_unet_equals_diffusers_with_the_same_weights(scale_shift):
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(32, 64, 96), norm_eps=1e-6,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), attention_head_dim=32,
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        resnet_time_scale_shift="scale_shift" if scale_shift else "default").eval()
+        attn_norm_num_groups=32, resnet_time_scale_shift="scale_shift" if scale_shift else "default").eval()
     state, names = {}, diffusers_unet_names(ours)
     for name, tensor in ours.state_dict().items():
         module, kind = name.rsplit(".", 1)
         if module.endswith("qkv"):
-            for part, piece in zip("qkv", tensor.flatten(1).squeeze(-1).chunk(3)):
+            for part, piece in zip("qkv", tensor.squeeze().chunk(3)):
                 state[f"{names[module]}.{kind}".replace("to_qkv", f"to_{part}")] = piece
         else:
-            state[f"{names[module]}.{kind}"] = tensor.flatten(1) if module.endswith("proj_out") and kind == "weight" else tensor
+            state[f"{names[module]}.{kind}"] = tensor.squeeze() if module.endswith("proj_out") else tensor
     theirs.load_state_dict(state)  # strict
     x, c_noise = torch.randn(2, 4, 16, 16), torch.tensor([-1.2, 0.7])
     with torch.no_grad():
@@ -1554,7 +1552,7 @@ def test_sizes_of_the_presets():
     with torch.device("meta"):
         sizes = {(name, nz): count(sample_ldm.UNet(nz, **preset)) for name, preset in sample_ldm.PRESETS.items() for nz in (3, 4, 12)}
     assert sizes["ldm", 3] == 274_056_163  # LDM's Table 12, CelebA-HQ and FFHQ: 274 M; the released CelebA-HQ model exactly
-    assert sizes["ldm", 4] == 274_060_196 and sizes["small", 4] == SMALL and sizes["quick", 12] == 4_002_700
+    assert sizes["ldm", 4] == 274_060_196 and sizes["small", 4] == 45_214_980 and sizes["quick", 12] == 1_826_508
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 12)])
@@ -1629,7 +1627,7 @@ def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, 
     found = []
     for position in range(60):
         moments, label = cached[position]
-        distance = torch.stack([(a - moments.float()).abs().amax((1, 2, 3)) for a in (plain, flipped)])  # (2, 6)
+        distance = torch.stack([(a - moments.float()).abs().amax((1, 2, 3, 4)) for a in (plain, flipped)])  # (2, 6)
         flip, index = divmod(int(distance.argmin()), 6)
         assert distance.min() < 2e-3 and label == images[index][1] and torch.equal(cached[position][0], moments)
         found.append((index, flip))
@@ -1653,7 +1651,7 @@ def test_a_tiny_model_learns_two_clusters(classes):
     denoiser = sample_ldm.Denoiser(sample_ldm.UNet(1, 32, (1,), 1, (), classes=classes))
     ema = train.EMA(denoiser, 0.98)
     optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
-    for _ in range(250):
+    for _ in range(300):
         label = torch.randint(0, 2, (64,))
         x = (2.0 * label - 1).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
         sigma = sample_ldm.noise_levels(torch.randn(64), 0.0, 1.2)
@@ -1664,7 +1662,7 @@ def test_a_tiny_model_learns_two_clusters(classes):
     sigmas, noise = sample_ldm.sigma_schedule(12), torch.randn(200, 1, 2, 2)
     with torch.no_grad():
         out = sample_ldm.heun_sampler(sample_ldm.guided(ema.model), sigmas[0] * noise, sigmas)
-        assert ((out.abs() - 1).abs().amax((1, 2, 3)) < 0.25).float().mean() > 0.9
+        assert ((out.abs() - 1).abs().amax((1, 2, 3)) < 0.25).float().mean() > 0.8
         assert 0.3 < (out.mean((1, 2, 3)) > 0).float().mean() < 0.7
         if classes:
             wanted = torch.arange(200) % 2
@@ -1766,7 +1764,7 @@ def test_a_diffusion_run_leaves_checkpoint_log_and_samples(tmp_path, vae_file, t
     vae = LiteVAE.from_checkpoint(vae_file)  # the averaged weights
     assert checkpoint["vae"]["model"].keys() == vae.state_dict().keys()
     assert all(torch.equal(checkpoint["vae"]["model"][k], v) for k, v in vae.state_dict().items())
-    images = train.Machine("cpu").images(torch.stack([train.BuiltInImages(16, 0)[i] for i in range(8)]))
+    images = train.Machine("cpu").images(torch.stack([train.BuiltInImages(16, 0, clutter=0.0)[i] for i in range(8)]))
     d = vae.encode(images).latent_dist
     assert torch.allclose(checkpoint["latent_mean"], d.mean.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(checkpoint["latent_std"], (d.mean.var((0, 2, 3), correction=0) + d.std.square().mean((0, 2, 3))).sqrt(), atol=1e-5)
@@ -1868,7 +1866,7 @@ def test_samples_are_what_the_samplers_and_the_decoder_make_of_the_noise(ldm_fil
 def test_options_of_sampling_change_the_pictures(ldm_file, tmp_path):
     plain = draw_samples(ldm_file, tmp_path / "plain", "-n", 2, "--class", "dog")
     for i, options in enumerate((["--raw-weights"], ["--class", "cat"], ["--guidance", 4], ["--churn", 40], ["--steps", 5],
-                                 ["--churn", 40, "--churn-noise", 1.5], ["--churn", 40, "--churn-range", 1, 2])):
+                                 ["--churn", 40, "--churn-noise", 1.5], ["--churn", 40, "--churn-range", 60, 100])):
         changed = draw_samples(ldm_file, tmp_path / str(i), "-n", 2, "--class", "dog", *options)
         assert all(np.abs(x - y).max() > 1 for x, y in zip(plain, changed)), options
     mixed = draw_samples(ldm_file, tmp_path / "mixed", "-n", 2)  # cat, dog

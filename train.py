@@ -582,7 +582,7 @@ class Options:
         return {**(self.data if data else self.quick), **self.both}
 
 
-def add_run_options(options, out, steps):
+def add_run_options(options, out, steps, resolution=""):
     """What is trained on and for how long; `out` names the default folders, `steps` says what a step is."""
     options.group("run")
     options.add("--data", "folder of images to train on, searched recursively; without it: built-in images",
@@ -593,7 +593,7 @@ def add_run_options(options, out, steps):
     options.add("--resume", "go on from --out's checkpoint, with the options it was started with", action="store_true")
     options.add("--steps", steps, type=int)
     options.add("--batch-size", "images a step, over all processes", type=int)
-    options.add("--resolution", "side of the square crops in pixels, a multiple of 8", type=int)
+    options.add("--resolution", "side of the square crops in pixels, a multiple of 8" + resolution, type=int)
     options.add("--seed", "seed of weights, images and noise", type=int, default=0)
     options.add("--save-every", "steps between checkpoints, pictures and held-out measurements", type=int)
     options.add("--log-every", "steps between rows of log.csv", type=int)
