@@ -372,8 +372,7 @@ def measure_latents(vae, stream, count, machine):
             mean, std = (a.double().cpu() for a in space.posterior(machine.images(images)))  # (B, nz, h, w)
         first = first + mean.mean(dim=(0, 2, 3)) / count
         second = second + (mean**2 + std**2).mean(dim=(0, 2, 3)) / count
-    # In float32 only here, for the devices that know no float64.
-    first, second = machine.average(torch.stack([first, second]).to(machine.device, torch.float32)).double().cpu()
+    first, second = machine.average(torch.stack([first, second])).cpu()
     return first.float(), (second - first**2).clamp_min(1e-12).sqrt().float()  # a dead channel stays 0
 
 
@@ -414,8 +413,8 @@ def cache_latents(folder, images, count, space, shape, machine, batch_size, work
     checksum = 0
     for tensor in space.vae.state_dict().values():
         checksum = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
-    names = zlib.crc32("\n".join(getattr(images, "files", ["built-in"])).encode())
-    about = f"{count} images ({names:08x}), latents {shape}, autoencoder {checksum:08x}\n"
+    names = "\n".join(images.files) if hasattr(images, "files") else f"built-in {images.seed} {images.clutter}"
+    about = f"{count} images ({zlib.crc32(names.encode()):08x}), latents {shape}, autoencoder {checksum:08x}\n"
     if folder.exists():
         if (folder / "about.txt").read_text() != about:
             raise UsageError(f"{folder} holds latents of other images or of another autoencoder: delete that folder, or "

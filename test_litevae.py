@@ -903,6 +903,16 @@ def test_built_in_images_have_the_statistics_of_photographs():
     assert ((detail / detail.std()) ** 4).mean() > 6  # sparse: a Gaussian's kurtosis is 3
 
 
+def test_without_clutter_built_in_images_are_a_few_smooth_leaves():
+    def laplacian(clutter, i):
+        x = train.dead_leaves(64, np.random.default_rng((5, i)), clutter).astype(int)
+        return np.abs(4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:])
+    calm, busy = (np.stack([laplacian(clutter, i) for i in range(20)]) for clutter in (0.0, 1.0))
+    assert np.median(calm) <= 1 and (calm > 20).mean() < 0.08  # rounding, but for the borders of leaves
+    assert np.median(busy) > 8 and (busy > 20).mean() > 0.3
+    assert torch.equal(train.BuiltInImages(16, 3)[5], train.BuiltInImages(16, 3, clutter=1.0)[5])
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Images as they are found in the wild: nested, odd modes and sizes, upper-case suffixes, broken ones."""

@@ -344,8 +344,10 @@ class Machine:
 
     def average(self, tensor):
         """`tensor`, averaged over the processes."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
+        if self.world == 1:
+            return tensor
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
         return tensor / self.world
 
     def mean(self, values):
