@@ -12,10 +12,11 @@ holds the autoencoder too, so sampling needs that one file. From top to bottom:
     1  Diffusion     App. C, EDM     preconditioning, Denoiser, diffusion_loss
     2  Sampling      Eq. 4, EDM      sigma_schedule, heun_sampler, stochastic_sampler, guided
     3  The network   LDM             UNet, PRESETS
-    4  Latents       Sec. 1          LatentSpace; CachedLatents, for comparison
-    5  The step                      DiffusionTask
-    6  Commands                      train, sample
-    7  Arguments
+    4  Latents       Sec. 1          LatentSpace, and CachedLatents for comparison
+    5  Images                        ImageNoise, draw
+    6  The step                      DiffusionTask and its checkpoint
+    7  Commands                      prepare, for train; sample
+    8  Arguments
 
 "EDM" is Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, which App. C
 follows; "LDM" is Rombach et al. 2022, whose UNet Sec. 5 takes over. The axes: B latents, nz channels,
@@ -50,6 +51,8 @@ from train import (EMA, ImageFolder, Machine, Options, Parser, Progress, Shuffle
 # ------------------------------------------------------------------------------------------------------
 # x_t = x + sigma(t) eps with eps ~ N(0, I), and EDM's choice sigma(t) = t: time is the noise level. The
 # data x have mean 0 and standard deviation sigma_data = 1 in every channel: see LatentSpace.
+# Differs: LDM, which the paper's models follow closely (App. F), trains DDPM's 1000 discrete noise levels.
+# App. C describes diffusion in EDM's continuous ones, and so does this file.
 
 
 def preconditioning(sigma, sigma_data=1.0):
@@ -172,7 +175,8 @@ PRESETS = {
     # 45,214,980 at nz=4: an hour on one GPU
     "small": {"channels": 128, "ch_mult": (1, 2, 3), "num_res_blocks": 2, "attention": (1, 2), "scale_shift": True},
     # 274,060,196 at nz=4. Paper: LDM's model of FFHQ and CelebA-HQ, 274,056,163 on its 3-channel latents
-    "ldm": {"channels": 224, "ch_mult": (1, 2, 3, 4), "num_res_blocks": 2, "attention": (1, 2, 3), "scale_shift": False},
+    "ldm": {"channels": 224, "ch_mult": (1, 2, 3, 4), "num_res_blocks": 2, "attention": (1, 2, 3),
+            "scale_shift": False},
 }
 
 
@@ -369,7 +373,7 @@ def measure_latents(vae, stream, count, machine):
     for _ in range(count):
         images, _ = _with_label(next(stream))
         with machine.autocast():
-            mean, std = (a.double().cpu() for a in space.posterior(machine.images(images)))  # (B, nz, h, w)
+            mean, std = (a.cpu().double() for a in space.posterior(machine.images(images)))  # (B, nz, h, w)
         first = first + mean.mean(dim=(0, 2, 3)) / count
         second = second + (mean**2 + std**2).mean(dim=(0, 2, 3)) / count
     first, second = machine.average(torch.stack([first, second])).cpu()
@@ -405,9 +409,10 @@ class CachedLatents:
 
 
 def cache_latents(folder, images, count, space, shape, machine, batch_size, workers):
-    """Encode `count` images and their mirror images into `folder`, shared by the processes; UsageError if it is another's.
+    """Encode `count` images and their mirror images into `folder`, shared by the processes.
 
-    `shape` is a latent's, (nz, h, w). The folder appears when it is complete.
+    `shape` is a latent's, (nz, h, w). The folder appears when it is complete. UsageError if there is one already
+    that was made from something else.
     """
     # The folder knows what it was made from: a resumed run takes it up, another one is refused.
     checksum = 0
@@ -417,8 +422,8 @@ def cache_latents(folder, images, count, space, shape, machine, batch_size, work
     about = f"{count} images ({zlib.crc32(names.encode()):08x}), latents {shape}, autoencoder {checksum:08x}\n"
     if folder.exists():
         if (folder / "about.txt").read_text() != about:
-            raise UsageError(f"{folder} holds latents of other images or of another autoencoder: delete that folder, or "
-                             "choose another --out")
+            raise UsageError(f"{folder} holds latents of other images or of another autoencoder: delete that folder, "
+                             "or choose another --out")
         return
     partial = Path(f"{folder}.partial")
     if machine.rank == 0:
@@ -454,7 +459,50 @@ def cache_latents(folder, images, count, space, shape, machine, batch_size, work
 
 
 # ------------------------------------------------------------------------------------------------------
-# 5  The step
+# 5  Images
+# ------------------------------------------------------------------------------------------------------
+
+
+class ImageNoise:
+    """Standard normal noise for numbered images: what an image gets depends on seed, number and turn alone."""
+
+    def __init__(self, seed, numbers):
+        seeds = (int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]) for i in numbers)
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def __call__(self, shape, rows=None):
+        """(len(rows), *shape), the next noise of the images at `rows`, or of all."""
+        generators = self.generators if rows is None else [self.generators[i] for i in rows]
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+
+
+GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
+CHURN_RANGE, CHURN_NOISE = (0.05, 50.0), 1.003  # of --churn. EDM's values for ImageNet, Table 5
+
+
+@torch.no_grad()
+def draw(denoiser, space, machine, noise, h, w, steps=18, label=None, guidance=1.0, **churn):
+    """Images, (B, 3, 8h, 8w) in [-1, 1], on the CPU, from an ImageNoise; `churn` goes to stochastic_sampler."""
+    shape = (denoiser.net.config.latent_dim, h, w)
+    randn = lambda: noise(shape).to(machine.device).contiguous(memory_format=machine.memory_format)  # noqa: E731
+    sigmas, denoise = sigma_schedule(steps), guided(denoiser, label, guidance)
+    with machine.autocast():
+        x = sigmas[0] * randn()  # (B, nz, h, w)
+        x = stochastic_sampler(denoise, x, sigmas, randn, **churn) if churn.get("churn") else \
+            heun_sampler(denoise, x, sigmas)
+        return space.decode(x).clamp(-1, 1).cpu()
+
+
+def class_labels(numbers, classes, names, machine):
+    """Labels of numbered images, which take turns through `names` (all classes if None): (B,), None without classes."""
+    if not classes:
+        return None
+    turn = [classes.index(name) for name in names or classes]
+    return torch.tensor([turn[i % len(turn)] for i in numbers], device=machine.device)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 6  The step
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -554,47 +602,6 @@ class DiffusionTask:
         load_optimizer(self.optimizer, training["optimizer"])
 
 
-class ImageNoise:
-    """Standard normal noise for numbered images: what an image gets depends on seed, number and turn alone."""
-
-    def __init__(self, seed, numbers):
-        seeds = (int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]) for i in numbers)
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
-
-    def __call__(self, shape, rows=None):
-        """(len(rows), *shape), the next noise of the images at `rows`, or of all."""
-        generators = self.generators if rows is None else [self.generators[i] for i in rows]
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
-
-
-GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
-
-
-@torch.no_grad()
-def draw(denoiser, space, machine, noise, h, w, steps=18, label=None, guidance=1.0, **churn):
-    """Images, (B, 3, 8h, 8w) in [-1, 1], on the CPU, from an ImageNoise; `churn` goes to stochastic_sampler."""
-    shape = (denoiser.net.config.latent_dim, h, w)
-    randn = lambda: noise(shape).to(machine.device).contiguous(memory_format=machine.memory_format)  # noqa: E731
-    sigmas, denoise = sigma_schedule(steps), guided(denoiser, label, guidance)
-    with machine.autocast():
-        x = sigmas[0] * randn()  # (B, nz, h, w)
-        x = stochastic_sampler(denoise, x, sigmas, randn, **churn) if churn.get("churn") else \
-            heun_sampler(denoise, x, sigmas)
-        return space.decode(x).clamp(-1, 1).cpu()
-
-
-def class_labels(numbers, classes, names, machine):
-    """Labels of numbered images, which take turns through `names` (all classes if None): (B,), None without classes."""
-    if not classes:
-        return None
-    turn = [classes.index(name) for name in names or classes]
-    return torch.tensor([turn[i % len(turn)] for i in numbers], device=machine.device)
-
-
-# ------------------------------------------------------------------------------------------------------
-# 6  Commands
-# ------------------------------------------------------------------------------------------------------
-
 # The autoencoder travels in the diffusion checkpoint, rather than its path and a checksum: latents mean
 # something to that very autoencoder alone, and files get moved, trained on and deleted. It adds 0.2 GB with
 # Stable Diffusion's decoder, where the state of the "ldm" network and its optimiser is 4.4 GB.
@@ -604,7 +611,8 @@ LDM_FORMAT = "litevae-ldm-1"
 def load_ldm(path):
     """The dict that DiffusionTask.save wrote. FileNotFoundError or ValueError, in one sentence."""
     checkpoint = load_checkpoint(path, LDM_FORMAT)
-    missing = {"config", "model", "ema", "vae", "latent_mean", "latent_std", "resolution", "classes"} - checkpoint.keys()
+    needed = {"config", "model", "ema", "vae", "latent_mean", "latent_std", "resolution", "classes"}
+    missing = needed - checkpoint.keys()
     if missing:  # above all: latents of an unknown scale cannot be decoded
         raise ValueError(f"{path} holds no {' and no '.join(sorted(missing))}: it is no whole diffusion checkpoint")
     return checkpoint
@@ -616,6 +624,11 @@ def build(checkpoint):
     denoiser.load_state_dict(checkpoint["model"])
     return denoiser, LatentSpace(LiteVAE.from_state(checkpoint["vae"]), checkpoint["latent_mean"],
                                  checkpoint["latent_std"])
+
+
+# ------------------------------------------------------------------------------------------------------
+# 7  Commands
+# ------------------------------------------------------------------------------------------------------
 
 
 def class_of(file, root):
@@ -630,7 +643,7 @@ def rebuilt(build, option):
         return build()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{option}: the checkpoint's weights are not those of the model it describes "
-                         f"({str(error).splitlines()[0]})")
+                         f"({(str(error) or repr(error)).splitlines()[0]})")
 
 
 def prepare(args, machine, checkpoint):
@@ -687,6 +700,13 @@ def sample(args):
         if name not in classes:
             raise UsageError(f"--class {name} is unknown: " + (f"the classes are {', '.join(classes)}" if classes else
                                                                "this model was trained without classes"))
+    if args.guidance is not None and not classes:
+        raise UsageError("--guidance is towards a class, and this model was trained without: leave the option out")
+    churn = {"churn": args.churn or 0.0}
+    if args.churn:
+        churn_min, churn_max = args.churn_range or CHURN_RANGE
+        churn |= {"churn_min": churn_min, "churn_max": churn_max,
+                  "churn_noise": CHURN_NOISE if args.churn_noise is None else args.churn_noise}
     denoiser, space = rebuilt(lambda: build(checkpoint), "--ldm")
     if not args.raw_weights:
         denoiser.load_state_dict(checkpoint["ema"])
@@ -710,8 +730,7 @@ def sample(args):
             numbers = mine[first:first + size]
             label = class_labels(numbers, classes, args.classes, machine)
             images = draw(denoiser, space, machine, ImageNoise(args.seed, numbers), height // 8, width // 8, args.steps,
-                          label, args.guidance, churn=args.churn, churn_min=args.churn_range[0],
-                          churn_max=args.churn_range[1], churn_noise=args.churn_noise)
+                          label, GUIDANCE if args.guidance is None else args.guidance, **churn)
             if not images.isfinite().all():
                 raise UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
             for number, image in zip(numbers, images):
@@ -728,8 +747,9 @@ def sample(args):
         if shown:
             grid = [torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1) / 127.5 - 1 for path in shown]
             save_grid(out / "grid.png", [grid[i:i + 8] for i in range(0, len(grid), 8)])
-            progress.say(f"{'stopped; ' if status else ''}{len(list(folder.glob('*.png')))} images of {height}x{width}: "
-                         f"{folder}, the first of them: {out / 'grid.png'}")
+            count = len(list(folder.glob("*.png")))
+            progress.say(f"{'stopped; ' if status else ''}{count} images of {height}x{width}: {folder}, the first of "
+                         f"them: {out / 'grid.png'}")
     return status
 
 
@@ -743,19 +763,19 @@ def fresh_folder(path):
 
 
 # ------------------------------------------------------------------------------------------------------
-# 7  Arguments
+# 8  Arguments
 # ------------------------------------------------------------------------------------------------------
 
 # What `sample_ldm.py train --vae CKPT` runs: under ten minutes on two CPU cores, which make and encode the images
 # too. Noise levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
-    model="quick", clutter=0.0, steps=2000, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
+    model="quick", steps=2000, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
     lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay_after=1000, ema=0.998, save_every=500, log_every=20)
 
 # What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for
 # latents (Karras et al. 2024), ln sigma of mean -0.4 at sigma_data = 0.5.
 DATA = dict(
-    model="small", clutter=0.0, steps=30_000, batch_size=128, noise_draws=1, noise_mean=0.3, noise_std=1.0,
+    model="small", steps=30_000, batch_size=128, noise_draws=1, noise_mean=0.3, noise_std=1.0,
     lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay_after=0, ema=0.9999, save_every=2_000, log_every=50)
 
 
@@ -775,7 +795,7 @@ def build_parser():
                 "it images are encoded on the fly, with crops and flips", action="store_true")
 
     options.add("--clutter", "of the built-in images: 0 are a few large, smooth leaves, 1 is what train.py learns from",
-                type=float)
+                type=float, default=0.0)
 
     options.group("diffusion")
     options.add("--model", "the denoiser: quick on a CPU, small for an hour on one GPU, ldm is the paper's",
@@ -800,13 +820,13 @@ def build_parser():
     add("--size", metavar="S|HxW", help="pixels, multiples of 8, for example 64x96 (default: that of training)")
     add("--out", metavar="DIR", type=Path, help="(default: samples beside the checkpoint, or samples-2, -3, ...)")
     add("--class", dest="classes", metavar="NAME", nargs="+", help="classes, in turn (default: all of them)")
-    add("--guidance", type=float, default=GUIDANCE,
+    add("--guidance", type=float,
         help=f"classifier-free guidance, for a model with classes; 1 is none (default: {GUIDANCE})")
-    add("--churn", type=float, default=0.0,
+    add("--churn", type=float,
         help="S_churn of EDM's stochastic sampler, Algorithm 2, for example 40; 0 is Heun's, Algorithm 1 (default: 0)")
-    add("--churn-range", type=float, nargs=2, metavar=("MIN", "MAX"), default=[0.05, 50.0],
-        help="noise levels at which it acts, S_tmin and S_tmax (default: 0.05 50)")
-    add("--churn-noise", type=float, default=1.003, help="S_noise (default: 1.003)")
+    add("--churn-range", type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="noise levels at which it acts, S_tmin and S_tmax (default: {} {})".format(*CHURN_RANGE))
+    add("--churn-noise", type=float, help=f"S_noise (default: {CHURN_NOISE})")
     add("--raw-weights", action="store_true", help="the raw weights instead of the averaged ones")
     add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
@@ -830,18 +850,23 @@ def complete_train(args, options):
         raise UsageError(f"--noise-std must be above 0, got {args.noise_std}")
     if not 0 <= args.class_dropout <= 1:
         raise UsageError(f"--class-dropout must be between 0 and 1, got {args.class_dropout}")
-    if args.clutter < 0:
-        raise UsageError(f"--clutter must not be negative, got {args.clutter}")
+    at_least(0, args, "clutter")
     if args.class_cond and not args.data:
         raise UsageError("--class-cond takes its classes from the sub-folders of --data: give that too")
+    if "class_dropout" in given and not args.class_cond:
+        raise UsageError("--class-dropout is part of --class-cond: give that too, or neither")
+    if "clutter" in given and args.data:
+        raise UsageError("--clutter is for the built-in images, not for --data: leave one of them out")
     return checkpoint
 
 
 def check_sample(args):
     for key, smallest in (("n", 1), ("steps", 1), ("seed", 0), ("batch_size", 1)):
         at_least(smallest, args, key)
-    if args.churn < 0 or args.churn_noise < 0:
-        raise UsageError("--churn and --churn-noise must not be negative")
+    for key in ("churn", "churn_noise"):
+        at_least(0, args, key)
+    if not args.churn and (args.churn_range or args.churn_noise is not None):
+        raise UsageError("--churn-range and --churn-noise shape --churn: give that too")
     if args.size:
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", args.size)
         args.size = match and (int(match[1]), int(match[2] or match[1]))

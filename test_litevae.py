@@ -1,4 +1,4 @@
-"""Tests of LiteVAE, in the order of the files they test: litevae.py section by section, train.py, sample_ldm.py, eval.py.
+"""Tests of LiteVAE, in the order of the files: litevae.py section by section, train.py, sample_ldm.py, eval.py.
 
     pip install -r requirements.txt pytest PyWavelets scikit-image diffusers pytorch-fid && python -m pytest
 
@@ -1327,6 +1327,14 @@ def test_impossible_arguments_fail_at_once_with_one_sentence(case, finished_run,
     assert not (tmp_path / "new").exists()
 
 
+def test_ctrl_c_before_the_first_step_leaves_no_traceback(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "prepare", interrupt)
+    assert run(*TINY, "--out", tmp_path / "a") == 130
+    assert capsys.readouterr().err == "train.py: stopped\n"
+
+
 def test_help_states_every_default(capsys):
     with pytest.raises(SystemExit):
         run("--help")
@@ -1503,7 +1511,7 @@ def test_guidance_goes_along_the_line_from_no_label_to_the_label():
 
 
 def diffusers_unet_names(unet):
-    """{our module: diffusers' module} of a UNet with one attention level, its last."""
+    """{our module: diffusers' module}"""
     names = {"embed.0": "time_embedding.linear_1", "embed.2": "time_embedding.linear_2", "conv_in": "conv_in",
              "norm_out": "conv_norm_out", "conv_out": "conv_out"}
     levels, blocks = len(unet.config.ch_mult), unet.config.num_res_blocks
@@ -1875,7 +1883,7 @@ def test_samples_are_what_the_samplers_and_the_decoder_make_of_the_noise(ldm_fil
 
 def test_options_of_sampling_change_the_pictures(ldm_file, tmp_path):
     plain = draw_samples(ldm_file, tmp_path / "plain", "-n", 2, "--class", "dog")
-    for i, options in enumerate((["--raw-weights"], ["--class", "cat"], ["--guidance", 4], ["--churn", 40], ["--steps", 5],
+    for i, options in enumerate((["--raw-weights"], ["--class", "cat"], ["--guidance", 4], ["--churn", 40], ["--steps", 5], ["--precision", "bf16"],
                                  ["--churn", 40, "--churn-noise", 1.5], ["--churn", 40, "--churn-range", 60, 100])):
         changed = draw_samples(ldm_file, tmp_path / str(i), "-n", 2, "--class", "dog", *options)
         assert all(np.abs(x - y).max() > 1 for x, y in zip(plain, changed)), options
@@ -1947,7 +1955,12 @@ BAD_LDM = {
     "resolution": (["train", "--vae", "{vae}", "--resolution", 20], "multiple of 8"),
     "no draws": (["train", "--vae", "{vae}", "--noise-draws", 0], "--noise-draws"),
     "noise": (["train", "--vae", "{vae}", "--noise-std", 0], "--noise-std"),
-    "dropout": (["train", "--vae", "{vae}", "--class-dropout", 2], "--class-dropout"),
+    "dropout": (["train", "--vae", "{vae}", "--class-dropout", 2, "--class-cond", "--data", "{classes}"], "between 0 and 1"),
+    "dropout of no classes": (["train", "--vae", "{vae}", "--class-dropout", 0.5], "part of --class-cond"),
+    "clutter of photographs": (["train", "--vae", "{vae}", "--clutter", 1, "--data", "{classes}"], "built-in images"),
+    "guidance without classes": (["sample", "--ldm", "{tmp}/plain.pt", "--guidance", 3], "without"),
+    "class without classes": (["sample", "--ldm", "{tmp}/plain.pt", "--class", "cat"], "without classes"),
+    "noise of no churn": (["sample", "--ldm", "{ldm}", "--churn-noise", 1.01], "give that too"),
     "classes of built-in images": (["train", "--vae", "{vae}", "--class-cond"], "sub-folders of --data"),
     "classes without folders": (["train", "--vae", "{vae}", "--class-cond", "--data", "{tmp}/flat"], "two or more"),
     "class of held-out images": (["train", "--vae", "{vae}", "--class-cond", "--data", "{classes}", "--val", "{tmp}/flat"], "in no folder"),
@@ -1973,6 +1986,7 @@ def test_diffusion_that_cannot_be_is_refused_in_one_sentence(case, vae_file, ldm
     write = litevae.write_checkpoint
     write(tmp_path / "unscaled.pt", {k: v for k, v in checkpoint.items() if "latent" not in k})
     write(tmp_path / "other.pt", {**checkpoint, "config": {**checkpoint["config"], "channels": 64}})
+    write(tmp_path / "plain.pt", {**checkpoint, "classes": []})
     vae = load_checkpoint(vae_file)
     write(tmp_path / "othervae.pt", {**vae, "config": {**vae["config"], "latent_dim": 7}})
     (tmp_path / "run").mkdir()

@@ -718,13 +718,16 @@ def announce(name, model, about, args, machine, start):
 
 
 def run_script(name, work):
-    """work(), whose exit status is returned; a UsageError becomes one sentence and status 1."""
+    """work(), whose exit status is returned; a UsageError becomes one sentence and status 1, Ctrl-C status 130."""
     try:
         return work()
     except UsageError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before or after the loop, which has its own way to stop
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -891,7 +894,9 @@ ARCHITECTURE = ("size", "latent_dim", "decoder_channels", "output_type", "use_sm
 
 
 def build_parser():
-    options = Options(Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter), QUICK_START, PAPER)
+    """The Options, which hold the parser."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = Options(parser, QUICK_START, PAPER)
     add_run_options(options, "runs/quickstart, with --data runs/litevae", "updates of the autoencoder")
     options.add("--init", "start from this checkpoint's averaged weights, e.g. --resolution 256 for the second stage",
                 metavar="CKPT")
@@ -923,7 +928,8 @@ def parse_args(argv=None):
     """The command line, completed from the recipe (or, with --resume, from the checkpoint) and checked."""
     options = build_parser()
     args = options.parser.parse_args(argv)
-    given, recipe, checkpoint = complete(args, options, "runs/litevae" if args.data else "runs/quickstart", load_checkpoint)
+    out = "runs/litevae" if args.data else "runs/quickstart"
+    given, recipe, checkpoint = complete(args, options, out, load_checkpoint)
     if args.init and not args.resume:
         checkpoint = load_or_say(load_checkpoint, args.init, "--init")
         for key in ARCHITECTURE:
