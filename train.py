@@ -61,8 +61,8 @@ def dead_leaves(size, rng, clutter=1.0):
     and the scale invariance of natural images (Lee, Mumford & Huang 2001). Each leaf has shading and
     textures of its own, so that calm areas lie beside busy ones and the amplitude spectrum stays near 1/f
     (Field 1987). Exposure, contrast, white balance, saturation, clutter and focus are drawn once an image:
-    it is in these that photographs differ most from one another. `clutter` scales the number of small leaves
-    and the strength of textures: at 0 two to nine large, smooth leaves are left.
+    it is in these that photographs differ most from one another. `clutter` scales the number of small leaves,
+    textures and the unevenness of outlines: at 0 two to seven large, smooth boxes and ellipses are left.
     """
     # The leaves: a few large ones first (ground, sky, walls), then radii r with p(r) ~ r^-3, small ones late.
     r_min, r_max = np.exp(rng.uniform(np.log(1.2), np.log(14))), 0.8 * size
@@ -75,7 +75,7 @@ def dead_leaves(size, rng, clutter=1.0):
     centre = rng.uniform(-0.15, 1.15, (n, 2)) * size  # y, x
     built = rng.random()  # from nature, 0: ellipses with uneven outlines, to architecture, 1: upright boxes
     box = rng.random(n) < 0.15 + 0.6 * built
-    uneven = np.where(box | (rng.random(n) < 0.3), 0, rng.uniform(0, 0.6, n))
+    uneven = np.where(box | (rng.random(n) < 0.3), 0, clutter * rng.uniform(0, 0.6, n))
     upright = rng.normal(0, 0.05) + np.pi / 2 * rng.integers(0, 2, n)
     angle = np.where(rng.random(n) < built, upright, rng.uniform(0, np.pi, n))
     aspect = np.exp(-np.abs(rng.normal(0, 0.7, n)))
