@@ -769,8 +769,8 @@ def fresh_folder(path):
 # What `sample_ldm.py train --vae CKPT` runs: under ten minutes on two CPU cores, which make and encode the images
 # too. Noise levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
-    model="quick", steps=2300, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
-    lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay_after=1000, ema=0.998, save_every=575, log_every=20)
+    model="quick", steps=2000, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
+    lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay_after=1000, ema=0.998, save_every=500, log_every=20)
 
 # What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for
 # latents (Karras et al. 2024), ln sigma of mean -0.4 at sigma_data = 0.5.
