@@ -794,8 +794,8 @@ def build_parser():
     options.add("--cache-latents", "encode every image and its mirror image once, before training, into --out; without "
                 "it images are encoded on the fly, with crops and flips", action="store_true")
 
-    options.add("--clutter", "of the built-in images: 0 are a few large, smooth boxes and ellipses, 1 is what train.py learns from",
-                type=float, default=0.0)
+    options.add("--clutter", "of the built-in images: 0 are a few large, smooth boxes and ellipses, 1 is what train.py "
+                "learns from", type=float, default=0.0)
 
     options.group("diffusion")
     options.add("--model", "the denoiser: quick on a CPU, small for an hour on one GPU, ldm is the paper's",

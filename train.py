@@ -15,7 +15,7 @@ From top to bottom:
     1  Images            BuiltInImages (dead leaves), ImageFolder, load_image
     2  Looking           to_pixels, save_grid, psnr
     3  Around the step   what every training script needs: Machine, fit, ...
-    4  What is asked for the options every training script has: Options, complete, ...
+    4  Options           what every training script can be asked for: Options, complete, open_images, ...
     5  The step          AutoencoderTask: Eq. 1 and the discriminator
     6  The two recipes   QUICK_START, PAPER and main
 """
@@ -549,7 +549,7 @@ def fit(task, args, machine, dataset, start):
 
 
 # ------------------------------------------------------------------------------------------------------
-# 4  What is asked for: the options that every training script has
+# 4  Options: what every training script can be asked for
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -699,7 +699,8 @@ def open_images(args, label=None, clutter=1.0):
         files = find_images(args.data)
         if not held_out:
             held_out = images(files[::20][:64], args.data, augment=False)
-            files = [f for f in files if f not in set(held_out.files)] or held_out.files
+            unseen = set(held_out.files)
+            files = [file for file in files if file not in unseen] or held_out.files
         about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
         return images(files, args.data, seed=args.seed), held_out, about
     if not held_out:
