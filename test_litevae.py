@@ -1463,11 +1463,12 @@ def test_a_point_mass_is_reached_exactly(steps):
     assert (sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x)) - point).abs().max() < 1e-12
 
 
-def test_stochastic_sampler_equals_algorithm_2_as_a_loop():
+@pytest.mark.parametrize("S_churn", [3.0, 40.0], ids=["below the cap", "at the cap"])
+def test_stochastic_sampler_equals_algorithm_2_as_a_loop(S_churn):
     N, sigmas = 12, sample_ldm.sigma_schedule(12)
     x0 = sigmas[0] * torch.randn(6, 2, dtype=torch.float64)
     noise = [torch.randn(6, 2, dtype=torch.float64) for _ in range(N)]
-    D, S_churn, S_tmin, S_tmax, S_noise = gaussian_denoiser(MEAN, COV), 3.0, 0.05, 10.0, 1.1
+    D, S_tmin, S_tmax, S_noise = gaussian_denoiser(MEAN, COV), 0.05, 10.0, 1.1
 
     x, used = x0, iter(noise)
     for i in range(N):  # EDM, Algorithm 2, line by line
@@ -1779,9 +1780,10 @@ def test_a_diffusion_run_leaves_checkpoint_log_and_samples(tmp_path, vae_file, t
     assert Image.open(out / "samples-000004.png").size == (8 * 130 - 2, 2 * 130 - 2)
     checkpoint = sample_ldm.load_ldm(out / "checkpoint.pt")
     assert all(isinstance(v, (torch.Tensor, int, float, str)) for v in leaves(checkpoint))
-    vae = LiteVAE.from_checkpoint(vae_file)  # the averaged weights
-    assert checkpoint["vae"]["model"].keys() == vae.state_dict().keys()
-    assert all(torch.equal(checkpoint["vae"]["model"][k], v) for k, v in vae.state_dict().items())
+    vae = LiteVAE.from_checkpoint(vae_file)
+    averaged = load_checkpoint(vae_file)["ema"]
+    assert checkpoint["vae"]["model"].keys() == averaged.keys()
+    assert all(torch.equal(checkpoint["vae"]["model"][k], v) for k, v in averaged.items())
     images = train.Machine("cpu").images(torch.stack([train.BuiltInImages(16, 0, clutter=0.0)[i] for i in range(8)]))
     d = vae.encode(images).latent_dist
     assert torch.allclose(checkpoint["latent_mean"], d.mean.mean((0, 2, 3)), atol=1e-5)
@@ -1820,6 +1822,8 @@ def test_classes_come_from_sub_folders_and_are_dropped_for_guidance(tmp_path, va
     assert checkpoint["classes"] == ["blue", "red"] and checkpoint["config"]["classes"] == 2
     labels = torch.cat([label for _, label in seen if len(label) == 32])
     assert 0.35 < (labels == 2).float().mean() < 0.65  # 192 of them
+    x = torch.cat([x for x, label in seen if len(label) == 32])  # what the loss sees is normalised
+    assert (x.std((0, 2, 3)) - 1).abs().max() < 0.25 and x.mean((0, 2, 3)).abs().max() < 0.25
     # Latents of one colour lie together: those of each label must be those of its folder.
     vae = LiteVAE.from_checkpoint(vae_file)
     pure = [vae.encode(torch.tensor(c).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1).latent_dist.mean
