@@ -1922,26 +1922,26 @@ def test_interrupted_sampling_keeps_what_it_has(ldm_file, tmp_path, monkeypatch,
     assert "stopped; 4 images" in capsys.readouterr().out
 
 
-def test_two_processes_train_and_sample_what_one_does(tmp_path, vae_file):
+def test_two_processes_train_and_sample_what_one_does(tmp_path, vae_file, tiny_ldm):
     """torchrun with two processes and gloo, against one process with the same global batch."""
     options = [*LDM, "--vae", vae_file, "--steps", 3, "--cache-latents", "--resolution", "8"]
-    patch = ("import sys, sample_ldm\nsample_ldm.BUILT_IN_CACHE, sample_ldm.STATISTICS_IMAGES = 5, 8\n"
+    patch = ("import sys, sample_ldm\nsample_ldm.BUILT_IN_CACHE, sample_ldm.STATISTICS_IMAGES = 6, 8\n"
              "sample_ldm.PRESETS['quick'] = dict(channels=32, ch_mult=(1, 2), num_res_blocks=1, attention=(1,))\nsys.exit(sample_ldm.main())")
     (tmp_path / "tiny.py").write_text(patch)
 
-    def launch(processes, *args):
-        command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [])
-        done = subprocess.run([*command, str(tmp_path / "tiny.py"), *map(str, args)], capture_output=True, text=True, timeout=200,
+    def torchrun(*args):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "tiny.py"),
+                               *map(str, args)], capture_output=True, text=True, timeout=200,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
         assert done.returncode == 0, done.stderr[-2000:]
-    launch(1, *options, "--out", tmp_path / "one")
-    launch(2, *options, "--out", tmp_path / "two")
+    assert ldm(*options, "--out", tmp_path / "one") == 0
+    torchrun(*options, "--out", tmp_path / "two")
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-3) and b["val_loss"][:5] == a["val_loss"][:5]
     assert len(rows(tmp_path / "two")) == 3
     one, two = (np.load(tmp_path / name / "latents" / "moments.npy") for name in ("one", "two"))
-    assert one.shape == (5, 2, 2, 4, 1, 1) and np.abs(one.astype(float) - two).max() < 2e-3 and (two != 0).all()
-    launch(2, "sample", "--ldm", tmp_path / "one" / "checkpoint.pt", "-n", 5, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s2")
+    assert one.shape == (6, 2, 2, 4, 1, 1) and np.abs(one.astype(float) - two).max() < 2e-3 and (two != 0).all()
+    torchrun("sample", "--ldm", tmp_path / "one" / "checkpoint.pt", "-n", 5, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s2")
     assert ldm("sample", "--ldm", tmp_path / "one" / "checkpoint.pt", "-n", 5, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s1") == 0
     a, b = pixels(tmp_path / "s1" / "images"), pixels(tmp_path / "s2" / "images")
     assert len(a) == len(b) == 5 and all(np.abs(x - y).max() <= 1 for x, y in zip(a, b)) and (tmp_path / "s2" / "grid.png").exists()
