@@ -1,4 +1,4 @@
-"""Train a small latent diffusion model on LiteVAE's latents, and sample from it (Sec. 5, App. C).
+"""Train a small latent diffusion model on LiteVAE's latents, and sample from it (Sec. 5, Tables 7 and 13, App. C).
 
     python sample_ldm.py train --vae runs/quickstart/checkpoint.pt         built-in images, minutes on a CPU
     python sample_ldm.py train --vae CKPT --data DIR --out runs/my-ldm     your images, on one GPU
@@ -186,7 +186,8 @@ class UNet(nn.Module):
     Level l has channels * ch_mult[l] channels at 1 / 2^l of the size, num_res_blocks blocks on the way down
     and one more on the way up, and attention where l is in `attention`. With `scale_shift` the noise level
     scales and shifts normalised features, as in ADM; without, it is added to them, as in LDM. `classes` counts
-    labels; the label `classes` itself means none. Residual branches and the output start at zero.
+    labels; the label `classes` itself means none. Residual branches and the output start at zero. To copy it,
+    take what follows down to _zero along, and group_norm and Config of litevae.py: torch is all they need.
     """
 
     def __init__(self, latent_dim, channels=128, ch_mult=(1, 2, 3), num_res_blocks=2, attention=(1, 2),
@@ -618,10 +619,10 @@ def load_ldm(path):
     return checkpoint
 
 
-def build(checkpoint):
-    """The denoiser, with raw weights, and the latent space of a checkpoint."""
+def build(checkpoint, ema=True):
+    """The denoiser, with averaged or with raw weights, and the latent space of a checkpoint."""
     denoiser = Denoiser(UNet(**checkpoint["config"]))
-    denoiser.load_state_dict(checkpoint["model"])
+    denoiser.load_state_dict(checkpoint["ema" if ema else "model"])
     return denoiser, LatentSpace(LiteVAE.from_state(checkpoint["vae"]), checkpoint["latent_mean"],
                                  checkpoint["latent_std"])
 
@@ -665,7 +666,7 @@ def prepare(args, machine, checkpoint):
     dataset, held_out, about = open_images(args, label, args.clutter)
     workers = machine.workers(args.workers)
     if args.resume:
-        denoiser, space = rebuilt(lambda: build(checkpoint), "--resume")
+        denoiser, space = rebuilt(lambda: build(checkpoint, ema=False), "--resume")
     else:
         vae = rebuilt(lambda: LiteVAE.from_state(checkpoint), "--vae").eval().requires_grad_(False)
         vae.to(machine.device, memory_format=machine.memory_format)
@@ -707,9 +708,7 @@ def sample(args):
         churn_min, churn_max = args.churn_range or CHURN_RANGE
         churn |= {"churn_min": churn_min, "churn_max": churn_max,
                   "churn_noise": CHURN_NOISE if args.churn_noise is None else args.churn_noise}
-    denoiser, space = rebuilt(lambda: build(checkpoint), "--ldm")
-    if not args.raw_weights:
-        denoiser.load_state_dict(checkpoint["ema"])
+    denoiser, space = rebuilt(lambda: build(checkpoint, ema=not args.raw_weights), "--ldm")
     height, width = args.size or (checkpoint["resolution"],) * 2
     machine = Machine(args.device, args.precision)
     size = args.batch_size or (16 if machine.device.type == "cpu" else 64)

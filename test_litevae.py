@@ -8,6 +8,7 @@ scipy, torch.distributions), the paper's equation written out as a loop, or a va
 
 import ast
 import csv
+import functools
 import inspect
 import io
 import json
@@ -1574,6 +1575,19 @@ def test_sizes_of_the_presets():
     assert sizes["ldm", 4] == 274_060_196 and sizes["small", 4] == 45_214_980 and sizes["quick", 12] == 1_826_508
 
 
+def test_diffusion_sections_run_when_copied_out_with_torch_alone():
+    text = Path(sample_ldm.__file__).read_text()
+    sections = text[text.index("# 1  Diffusion"):text.index("# 4  Latents")]
+    shared = "\n".join(inspect.getsource(x) for x in (litevae.group_norm, litevae.GroupNorm, litevae.Config))
+    space = {"math": math, "functools": functools, "torch": torch, "nn": nn, "F": F}
+    exec(shared + "\n" + sections, space)
+    denoiser = space["Denoiser"](space["UNet"](4, 32, (1, 2), 1, (1,), classes=2))
+    sigmas, label = space["sigma_schedule"](4), torch.tensor([0, 1])
+    with torch.no_grad():
+        out = space["heun_sampler"](space["guided"](denoiser, label, 2.0), sigmas[0] * torch.randn(2, 4, 4, 4), sigmas)
+    assert out.shape == (2, 4, 4, 4) and out.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 12)])
 def test_unet_takes_any_size_and_starts_at_zero(size):
     unet = sample_ldm.UNet(3, 32, (1, 2), 1, (1,), classes=2)
@@ -1873,7 +1887,7 @@ def test_samples_are_what_the_samplers_and_the_decoder_make_of_the_noise(ldm_fil
     a = draw_samples(ldm_file, tmp_path / "a", "-n", 3, "--guidance", 2, "--size", "16x40")
     checkpoint = sample_ldm.load_ldm(ldm_file)
     denoiser, space = sample_ldm.build(checkpoint)
-    denoiser.load_state_dict(checkpoint["ema"])
+    assert all(torch.equal(checkpoint["ema"][k], v) for k, v in denoiser.state_dict().items())
     sigmas, label = sample_ldm.sigma_schedule(3), torch.tensor([0, 1, 0])  # classes take turns
     noise = sample_ldm.ImageNoise(0, range(3))((4, 2, 5))
     with torch.no_grad():
@@ -1955,6 +1969,7 @@ BAD_LDM = {
     "an autoencoder": (["sample", "--ldm", "{vae}"], "litevae-ldm-1 but of litevae-1"),
     "no statistics": (["sample", "--ldm", "{tmp}/unscaled.pt"], "no latent_mean and no latent_std"),
     "other weights": (["sample", "--ldm", "{tmp}/other.pt"], "not those of the model"),
+    "other averaged weights": (["sample", "--ldm", "{tmp}/ema.pt"], "not those of the model"),
     "other autoencoder weights": (["train", "--vae", "{tmp}/othervae.pt"], "not those of the model"),
     "resolution": (["train", "--vae", "{vae}", "--resolution", 20], "multiple of 8"),
     "no draws": (["train", "--vae", "{vae}", "--noise-draws", 0], "--noise-draws"),
@@ -1990,6 +2005,7 @@ def test_diffusion_that_cannot_be_is_refused_in_one_sentence(case, vae_file, ldm
     write = litevae.write_checkpoint
     write(tmp_path / "unscaled.pt", {k: v for k, v in checkpoint.items() if "latent" not in k})
     write(tmp_path / "other.pt", {**checkpoint, "config": {**checkpoint["config"], "channels": 64}})
+    write(tmp_path / "ema.pt", {**checkpoint, "ema": {}})
     write(tmp_path / "plain.pt", {**checkpoint, "classes": []})
     vae = load_checkpoint(vae_file)
     write(tmp_path / "othervae.pt", {**vae, "config": {**vae["config"], "latent_dim": 7}})
