@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from litevae import LPIPS, PRESETS, LiteVAE, LiteVAEEncoder, SDVAEEncoder, gaussian_blur, load_checkpoint
-from train import (BuiltInImages, Machine, Parser, Progress, UsageError, find_images, ignore_signals, load_image,
-                   open_rgb, psnr, save_grid, to_pixels)
+from train import (BuiltInImages, Machine, Parser, Progress, UsageError, find_images, fits_resolution, ignore_signals,
+                   load_image, load_or_say, open_rgb, psnr, rebuilt, save_grid, to_pixels, trained_at)
 
 # ------------------------------------------------------------------------------------------------------
 # 1  Reconstruction (Table 1)
@@ -472,13 +472,11 @@ class Images:
 
 def load_vae(path, machine, raw=False):
     """The autoencoder of a checkpoint, and the resolution it was trained at (None if the file does not say)."""
-    try:
-        vae, checkpoint = LiteVAE.from_checkpoint(path, ema=not raw), load_checkpoint(path)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"--vae: {error}")
+    checkpoint = load_or_say(load_checkpoint, path, "--vae")
+    vae = rebuilt(lambda: LiteVAE.from_state(checkpoint, ema=not raw), f"--vae: {path}").eval()
     vae.weights = "averaged" if "ema" in checkpoint and not raw else "raw"
     vae.requires_grad_(False).to(machine.device, memory_format=machine.memory_format)
-    return vae, checkpoint.get("args", {}).get("resolution")
+    return vae, trained_at(checkpoint)
 
 
 def load_lpips(net, machine):
@@ -564,6 +562,7 @@ def latent_noise(vae, x, generator):
 
 def encode(vae, x, sample, generator):
     """Images' latents, the posterior's mean or a draw: (B, nz, h, w)."""
+    fits_resolution(vae.config, x.shape[-1], "--vae")
     posterior = vae.encode(x).latent_dist
     return posterior.sample(noise=latent_noise(vae, x, generator)) if sample else posterior.mode()
 
@@ -600,8 +599,7 @@ def warn_about_fid(n, label):
 
 
 def describe(path, vae, args):
-    c = vae.config
-    return (f"{path}: LiteVAE-{c.size}, nz {c.latent_dim}, {vae.weights} weights, "
+    return (f"{path}: {vae.name}, nz {vae.config.latent_dim}, {vae.weights} weights, "
             f"{'a drawn latent' if args.sample else 'posterior mean'}")
 
 
@@ -702,6 +700,9 @@ def scale(args):
     for resolution in args.resolutions:
         check_resolution(resolution, args)
     vaes = {path: load_vae(path, machine, args.raw_weights)[0] for path in args.vae}
+    for path, vae in vaes.items():
+        for resolution in args.resolutions:
+            fits_resolution(vae.config, resolution, path)
     inception, lpips = load_features(args, machine), load_lpips(args.lpips_net, machine)
     out = Path(args.out or beside(args.vae[0], f"scale-{tag(args.data)}"))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -977,7 +978,8 @@ def build_parser():
         number = lambda text: int(text) if text.isdigit() else None  # noqa: E731
         if vae:
             p.add_argument("--vae", metavar="CKPT", required=True, nargs="+" if vae == "several" else None,
-                           help="checkpoint of train.py" + (", or several" if vae == "several" else ""))
+                           help="checkpoint of train.py, or a released Stable Diffusion autoencoder"
+                                + (", or several" if vae == "several" else ""))
             p.add_argument("--raw-weights", action="store_true", help="the raw weights instead of the averaged ones")
             p.add_argument("--sample", action="store_true",
                            help="draw the latent instead of taking the posterior's mean")

@@ -13,9 +13,12 @@ decoder turns the latent back into the image. From top to bottom:
     7  Discriminator              Sec. 4.3             UNetDiscriminator
     8  Presets and checkpoints    App. F               PRESETS, save_checkpoint, load_checkpoint
 
-That is LiteVAE; what stands below it is what the paper compares it with, and can be cut off:
+That is LiteVAE. Part II holds what the paper compares it with, each a flag of train.py, and can be cut off:
 
-    9  Baselines                  Tables 2 and 3       SDVAEEncoder
+    9  Baselines                  Tabs. 2, 3, 11-13    SDVAE, released_sd_vae, DWTVAE
+   10  Other encoder parts        Tabs. 18-21          LiteVAEVariant, NAFNetExtractor, ViTAggregator
+   11  Other losses               Tabs. 8, 14-16       adaptive_weight, ESRGANPerceptual, ldl_loss, logistic_d_loss
+   12  Other discriminators       Tab. 10              PatchDiscriminator, StyleGANDiscriminator
 
 Images are (B, 3, H, W) in [-1, 1], with H and W multiples of 8. The axes, here and everywhere below:
 B images, C channels, H x W pixels, h x w = H/8 x W/8 latent positions, nz latent channels.
@@ -23,7 +26,7 @@ B images, C channels, H x W pixels, h x w = H/8 x W/8 latent positions, nz laten
 Remarks carry one of three tags:  # Paper:  where a line comes from;  # Differs:  from the paper's
 pseudocode, and why;  # Unspecified:  the paper is silent, what was chosen here, and why.
 
-    python litevae.py        prints the sizes, their parameter counts and the shapes on the way
+    python litevae.py        prints the sizes, their parameter counts and the shapes on the way, then Part II's sizes
 """
 
 import contextlib
@@ -160,8 +163,9 @@ def fuse_smc(module):
 def group_norm(channels, min_channels=1):
     """GroupNorm with 32 groups, or as many fewer as divide `channels` into groups of at least min_channels."""
     # Differs: the pseudocode's 32 groups cannot divide LiteVAE-S's 16 channels, nor its 48-channel
-    # concatenations. The greatest common divisor is 32 wherever 32 is possible.
-    return GroupNorm(math.gcd(32, channels, channels // min_channels), channels, eps=1e-6)
+    # concatenations. The number is 32 wherever 32 is possible, else a smaller power of two.
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= g * min_channels or g == 1))
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -523,29 +527,25 @@ class LiteVAE(nn.Module):
     Images are (B, 3, H, W) in [-1, 1] with H and W multiples of 8; latents are (B, nz, H/8, W/8).
     """
 
+    posterior = DiagonalGaussianDistribution
+
     def __init__(self, size="B", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
                  use_1x1_conv=False, scaling_factor=1.0):
         super().__init__()
         if size not in PRESETS:
             raise ValueError(f"size must be one of {', '.join(PRESETS)}, got {size!r}")
-        if output_type not in ("image", "wavelet"):
-            raise ValueError(f'output_type must be "image" or "wavelet", got {output_type!r}')
-        if latent_dim < 1 or decoder_channels < 1:
-            raise ValueError(f"latent_dim and decoder_channels must be 1 or more, got {latent_dim}, {decoder_channels}")
+        _check_arguments(latent_dim, decoder_channels, output_type)
         self.config = Config(size=size, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
                              output_type=output_type, use_1x1_conv=use_1x1_conv, scaling_factor=scaling_factor)
 
         self.encoder = LiteVAEEncoder(latent_dim, PRESETS[size]["extractor"], PRESETS[size]["aggregator"])
         self.wavelet_fn = self.encoder.wavelet_fn
-        # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since
-        # the 12 bands live at half the resolution.
-        self.decoder = SDVAEDecoder(latent_dim, decoder_channels, 3, (1, 2, 4, 4), use_smc=use_smc) \
-            if output_type == "image" else \
-            SDVAEDecoder(latent_dim, decoder_channels, 12, (2, 4, 4), use_smc=use_smc)
+        self.decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
         self.pre_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1) if use_1x1_conv else nn.Identity()
         self.post_conv = nn.Conv2d(latent_dim, latent_dim, 1) if use_1x1_conv else nn.Identity()
         self.apply(_initialise)
-        _initialise_posterior(self.pre_conv if use_1x1_conv else self.encoder.feature_aggregator.out_layer)
+        # Photographs' wavelets are small: with this factor the means start with a std of about 1/2.
+        _initialise_posterior(self.pre_conv if use_1x1_conv else self.encoder.feature_aggregator.out_layer, 4.0)
 
     def encode(self, image, return_dict=True):
         """(B, 3, H, W) in [-1, 1] -> named tuple with `.latent_dist`, a DiagonalGaussianDistribution.
@@ -561,7 +561,7 @@ class LiteVAE(nn.Module):
                              "convert 0..255 with image.float() / 127.5 - 1")
         moments = self.pre_conv(self.encoder(image))  # (B, 2 nz, h, w)
         # Under autocast the moments arrive in bf16; the latent goes on in the weights' own precision.
-        return EncoderOutput(DiagonalGaussianDistribution(moments.to(self.dtype)))
+        return EncoderOutput(self.posterior(moments.to(self.dtype)))
 
     def decode(self, latent, return_dict=True, generator=None):
         """(B, nz, h, w) -> named tuple with `.sample`, (B, 3, 8h, 8w), and `.wavelet`, (B, 12, 4h, 4w).
@@ -609,7 +609,8 @@ class LiteVAE(nn.Module):
     @classmethod
     def from_state(cls, checkpoint, ema=True):
         """The autoencoder in a dict that holds its "config" and "model" (and "ema"), as load_checkpoint's does."""
-        vae = cls(**checkpoint["config"])
+        config = checkpoint["config"]
+        vae = MODELS[config.get("model", "litevae")](**config)
         vae.load_state_dict(checkpoint.get("ema", checkpoint["model"]) if ema else checkpoint["model"])
         return vae
 
@@ -618,12 +619,33 @@ class LiteVAE(nn.Module):
         return fuse_smc(self)
 
     @property
+    def name(self):
+        """How it is called in print: LiteVAE-B."""
+        return f"LiteVAE-{self.config.size}"
+
+    @property
     def dtype(self):
-        return self.encoder.feature_aggregator.in_layer.weight.dtype
+        return self.decoder.conv_in.weight.dtype
 
     @property
     def device(self):
-        return self.encoder.feature_aggregator.in_layer.weight.device
+        return self.decoder.conv_in.weight.device
+
+
+def build_decoder(latent_dim, channels, use_smc, output_type):
+    """Stable Diffusion's decoder for an image, (B, nz, h, w) -> (B, 3, H, W), or for wavelets, -> (B, 12, H/2, W/2)."""
+    if output_type == "image":
+        return SDVAEDecoder(latent_dim, channels, 3, (1, 2, 4, 4), use_smc=use_smc)
+    # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since the 12
+    # bands live at half the resolution.
+    return SDVAEDecoder(latent_dim, channels, 12, (2, 4, 4), use_smc=use_smc)
+
+
+def _check_arguments(latent_dim, decoder_channels, output_type):
+    if output_type not in ("image", "wavelet"):
+        raise ValueError(f'output_type must be "image" or "wavelet", got {output_type!r}')
+    if latent_dim < 1 or decoder_channels < 1:
+        raise ValueError(f"latent_dim and decoder_channels must be 1 or more, got {latent_dim}, {decoder_channels}")
 
 
 # Unspecified: initialisation. With PyTorch's defaults each convolution shrinks its input's variance to a
@@ -645,10 +667,10 @@ def _initialise(module):
 
 
 @torch.no_grad()
-def _initialise_posterior(conv):
-    """Means of std about 1/2 for photographs, whose wavelets are small, and a posterior std of e^-3 = 0.05."""
+def _initialise_posterior(conv, factor):
+    """Means `factor` times as large, and a posterior std of e^-3 = 0.05 everywhere."""
     mean, logvar = conv.weight.chunk(2)
-    mean.mul_(4.0)
+    mean.mul_(factor)
     logvar.zero_()
     conv.bias.chunk(2)[1].fill_(-6.0)
 
@@ -733,22 +755,9 @@ class LPIPS(nn.Module):
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")  # lpips calls torchvision with an argument it deprecates
             self.net = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        self._load_trunk(self.trunks[net])
+        # slice1, slice2, ...: the package numbers their layers as torchvision's `features` does.
+        load_torchvision_features(self.net.net.children(), self.trunks[net], "LPIPS")
         self.requires_grad_(False).eval()
-
-    def _load_trunk(self, file):
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
-        url = f"https://download.pytorch.org/models/{file}"
-        try:
-            if not os.path.exists(path):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                torch.hub.download_url_to_file(url, path, hash_prefix=file.split("-")[-1].removesuffix(".pth"))
-            trunk = torch.load(path, map_location="cpu", weights_only=True)
-            for layer in self.net.net.children():  # slice1, slice2, ...: numbered as in torchvision's `features`
-                layer.load_state_dict({name: trunk[f"features.{name}"] for name in layer.state_dict()})
-        except Exception as error:
-            raise FileNotFoundError(f"LPIPS needs the weights {url}: put the file at {path} "
-                                    f"(loading it failed with: {_one_line(error)})") from None
 
     def train(self, mode=True):
         return super().train(False)  # dropout would make the metric noisy
@@ -765,6 +774,26 @@ class LPIPS(nn.Module):
             return total
 
 
+def load_torchvision_features(modules, file, who):
+    """Load the `features.` tensors of a torchvision model into modules whose layers bear its numbers.
+
+    `file` is looked for in torch's hub cache, else downloaded. FileNotFoundError, which names it and `who`
+    needs it, if neither works.
+    """
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+    url = f"https://download.pytorch.org/models/{file}"
+    try:
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, hash_prefix=file.split("-")[-1].removesuffix(".pth"))
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        for module in modules:
+            module.load_state_dict({name: tensors[f"features.{name}"] for name in module.state_dict()})
+    except Exception as error:
+        raise FileNotFoundError(f"{who} needs the weights {url}: put the file at {path} "
+                                f"(loading it failed with: {_one_line(error)})") from None
+
+
 def hinge_d_loss(real, fake):
     """Hinge loss of the discriminator: max(0, 1 - real) + max(0, 1 + fake), averaged: two logits -> ()."""
     return F.relu(1.0 - _at_least_float32(real)).mean() + F.relu(1.0 + _at_least_float32(fake)).mean()
@@ -775,12 +804,12 @@ def hinge_g_loss(fake):
     return -_at_least_float32(fake).mean()
 
 
-def discriminator_loss(real_logits, fake_logits):
-    """The discriminator's side of L_adv: the hinge on the global and on the per-pixel logits, added (Sec. 4.3)."""
-    return sum(hinge_d_loss(real, fake) for real, fake in zip(real_logits, fake_logits))
+def discriminator_loss(real_logits, fake_logits, d_loss=hinge_d_loss):
+    """The discriminator's side of L_adv: `d_loss` on the global and on the per-pixel logits, added (Sec. 4.3)."""
+    return sum(d_loss(real, fake) for real, fake in zip(real_logits, fake_logits))
 
 
-def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_logits=None):
+def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_logits=None, g_loss=hinge_g_loss):
     """Eq. 1, the autoencoder's side:  L_recon + lambda_reg L_reg + lambda_adv L_adv.
 
     lambda_adv is a constant: the adaptive weight of Eq. 2 brings nothing (Sec. 4.3, Table 8, Fig. 7).
@@ -788,6 +817,7 @@ def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_
     output       what LiteVAE(image) returned
     perceptual   an LPIPS, or None to go without
     fake_logits  the discriminator's (global, per-pixel) logits for output.sample, or None to go without
+    g_loss       what the generator loses on each of them
     Returns the total, (), and a dict of its unweighted terms plus "recon", the weighted L_recon.
     """
     terms = {"l1": l1_loss(output.sample, image)}
@@ -802,7 +832,7 @@ def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_
     terms["kl"] = kl_loss(output.latent_dist, image)
     total = recon + weights["kl"] * terms["kl"]
     if fake_logits is not None:
-        terms["adv"] = sum(hinge_g_loss(fake) for fake in fake_logits)
+        terms["adv"] = sum(g_loss(fake) for fake in fake_logits)
         total = total + weights["adv"] * terms["adv"]
     return total, {**terms, "recon": recon}
 
@@ -891,6 +921,11 @@ PRESETS = {
 
 CHECKPOINT_FORMAT = "litevae-1"
 
+# What a checkpoint's config may name as its "model", and functions that make a checkpoint of another project's
+# file (or return None). Part II enters more.
+MODELS = {"litevae": LiteVAE}
+IMPORTERS = []
+
 
 def save_checkpoint(path, vae, ema=None, **extra):
     """Write `vae` (a LiteVAE) and `extra` to `path`: tensors, numbers, strings, lists and dicts of them only.
@@ -920,11 +955,22 @@ def write_checkpoint(path, checkpoint):
 def load_checkpoint(path, format=CHECKPOINT_FORMAT):
     """The dict that was written to `path`, on the CPU. FileNotFoundError or ValueError, in one sentence.
 
-    ValueError if the file is damaged, or holds a checkpoint of another format than `format`.
+    ValueError if the file is damaged, or holds a checkpoint of another format than `format` that no importer knows.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        return _load_own(path, format)
+    except ValueError:
+        for importer in IMPORTERS if format == CHECKPOINT_FORMAT else ():
+            checkpoint = importer(path)
+            if checkpoint is not None:
+                return checkpoint
+        raise
+
+
+def _load_own(path, format):
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch.load does not look at the archive's checksums
@@ -977,13 +1023,21 @@ def main():
         print(f"  {name:20} {tuple(shape)}")
 
 
+if __name__ == "__main__":
+    main()
+
+
 # ======================================================================================================
 # Part II: what the paper compares LiteVAE with. Nothing above uses it.
 # ======================================================================================================
+# Each is a flag of train.py and trains; the README has a row for each table, with the commands.
+
+import json  # noqa: E402  Part I needs neither
+import re    # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------------
-# 9  Baselines (Tables 2 and 3)
+# 9  Baselines (Tables 2, 3, 11 to 13)
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -1018,7 +1072,7 @@ class SDVAEEncoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 2 * latent_dim, 3, padding=1)
 
     def forward(self, image):
-        x = self.conv_in(image)  # (B, channels, H, W)
+        x = self.conv_in(image.to(self.conv_in.weight.dtype))  # (B, channels, H, W)
         for level, stage in enumerate(self.down):
             for block in stage.block:
                 x = block(x)  # (B, channels * ch_mult[level], H_level, W_level)
@@ -1028,5 +1082,612 @@ class SDVAEEncoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 latent_dim, h, w)
 
 
+# Unspecified: the layout of VAE-Small, of which the paper gives the 6.75 M parameters alone. A narrower Stable
+# Diffusion encoder has them at no width; this one also grows more evenly. `params` counts at latent_dim=4.
+SD_ENCODERS = {
+    "sd-vae": {"channels": 128, "ch_mult": (1, 2, 4, 4), "params": 34_163_592},
+    "vae-small": {"channels": 56, "ch_mult": (2, 3, 3, 4), "params": 6_757_584},
+}
+
+
+class SDVAE(LiteVAE):
+    """The Stable Diffusion autoencoder, and the same with a small encoder, behind LiteVAE's interface (Table 2).
+
+    model   "sd-vae" or "vae-small", see SD_ENCODERS; the other arguments are LiteVAE's
+
+    With "sd-vae" and the defaults the state dict is that of the released kl-f8 checkpoints, name by name.
+    """
+
+    def __init__(self, model="sd-vae", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
+                 scaling_factor=1.0):
+        nn.Module.__init__(self)  # LiteVAE lends its methods, not its parts
+        if model not in SD_ENCODERS:
+            raise ValueError(f"model must be one of {', '.join(SD_ENCODERS)}, got {model!r}")
+        _check_arguments(latent_dim, decoder_channels, output_type)
+        self.config = Config(model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
+                             output_type=output_type, scaling_factor=scaling_factor)
+        preset = SD_ENCODERS[model]
+        self.encoder = SDVAEEncoder(latent_dim, preset["channels"], preset["ch_mult"])
+        self.decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
+        self.wavelet_fn = HaarTransform()
+        self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
+        self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
+        self.apply(_initialise)  # as LiteVAE's: the comparison is about the encoders
+        _initialise_posterior(self.quant_conv, 1.0)
+
+    # encode and decode know these convolutions by App. G's names.
+    pre_conv = property(lambda self: self.quant_conv)
+    post_conv = property(lambda self: self.post_quant_conv)
+    name = property(lambda self: {"sd-vae": "SD-VAE", "vae-small": "VAE-Small"}[self.config.model])
+
+
+# diffusers' names for tensors of its AutoencoderKL -> the released checkpoints'; the second of two is an older name.
+DIFFUSERS_NAMES = [
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.group_norm\.", "mid.attn_1.norm."),
+    (r"mid_block\.attentions\.0\.(to_out\.0|proj_attn)\.", "mid.attn_1.proj_out."),
+    (r"mid_block\.attentions\.0\.(to_q|query)\.", "mid.attn_1.q."),
+    (r"mid_block\.attentions\.0\.(to_k|key)\.", "mid.attn_1.k."),
+    (r"mid_block\.attentions\.0\.(to_v|value)\.", "mid.attn_1.v."),
+    (r"down_blocks\.(\d)\.", r"down.\1."),
+    (r"up_blocks\.(\d)\.", lambda found: f"up.{3 - int(found[1])}."),  # counted from the other end
+    (r"resnets\.(\d)\.", r"block.\1."),
+    (r"(down|up)samplers\.0\.", r"\1sample."),
+    (r"conv_shortcut\.", "nin_shortcut."),
+    (r"conv_norm_out\.", "norm_out."),
+]
+
+
+def released_sd_vae(path):
+    """A released Stable Diffusion autoencoder (kl-f8) as a checkpoint of this project, or None if `path` holds none.
+
+    CompVis's names, bare or behind "first_stage_model." in a whole diffusion model, or diffusers'; written by torch
+    or as safetensors, in any precision. ValueError if it is an autoencoder of another layout. (SDXL's has the same:
+    for that set `config.scaling_factor` to 0.13025.)
+    """
+    tensors = read_tensors(path)
+    if any(name.startswith("first_stage_model.") for name in tensors):
+        tensors = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()
+                   if name.startswith("first_stage_model.")}
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= tensors.keys():
+        return None
+    state = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in DIFFUSERS_NAMES:
+            name = re.sub(theirs, ours, name)
+        if ".attn_1." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]  # diffusers' linear layers are 1x1 convolutions here
+        if not name.startswith(("loss.", "model_ema.")):  # CompVis's discriminator, LPIPS, averaged weights
+            state[name] = tensor
+
+    # 0.18215 is what Stable Diffusion multiplies these latents by.
+    config = {"model": "sd-vae", "latent_dim": len(state["decoder.conv_in.weight"][0]),
+              "decoder_channels": len(state.get("decoder.norm_out.weight", range(128))),
+              "use_smc": False, "output_type": "image", "scaling_factor": 0.18215}
+    with torch.device("meta"):
+        expected = SDVAE(**config).state_dict()
+    for name in [*expected, *state]:
+        found, right = (f"{name} of shape {tuple(d[name].shape)}" if name in d else f"no {name}"
+                        for d in (state, expected))
+        if found != right:
+            raise ValueError(f"{path} holds an autoencoder, but not Stable Diffusion's kl-f8: it has {found}, and "
+                             f"kl-f8 has {right}")
+    return {"format": CHECKPOINT_FORMAT, "config": config, "model": state}
+
+
+def read_tensors(path):
+    """{name: tensor} of a file by torch, its "state_dict" if it has one, or of a .safetensors; {} if it is neither."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+            if start[8:] == b"{":  # safetensors: the header's length in 8 bytes, the header in JSON, the numbers
+                return _read_safetensors(file)
+        # Old checkpoints pickle objects of the program that trained them. No code of a file is run here: whatever
+        # is not a tensor or a plain value becomes an empty Placeholder.
+        foreign = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return {}
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Placeholder, name) for name in foreign]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content.get("state_dict", content)
+        return {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
+    except Exception:  # a damaged file, or one of another kind
+        return {}
+
+
+class Placeholder:
+    """What a checkpoint's pickled objects become: nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def _read_safetensors(file):
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    file.seek(0)
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    origin, tensors = file.tell(), {}
+    for name, entry in header.items():
+        if entry.get("dtype") in dtypes:
+            first, last = entry["data_offsets"]
+            file.seek(origin + first)
+            numbers = torch.frombuffer(bytearray(file.read(last - first)), dtype=dtypes[entry["dtype"]])
+            tensors[name] = numbers.view(entry["shape"])
+    return tensors
+
+
+class DWTEncoder(nn.Module):
+    """The encoder that learns nothing (App. B): (B, 3, H, W) -> (B, 24, h, w) or (B, 96, h, w), half of them zero.
+
+    The first half, the latent, holds the four bands of level 3 (nz = 12), and with `higher_bands` also those of
+    level 2 but L, by space-to-depth (nz = 48); the second, where others have a log-variance, nothing.
+    """
+
+    # Paper: App. B, Tables 11 and 12. 48 = 12 + 4 * 9 says which "higher frequency sub-bands" DWT-2 adds: with
+    # level 1's nine, 16 times each, it would be 192.
+
+    def __init__(self, higher_bands):
+        super().__init__()
+        self.wavelet_fn, self.higher_bands = HaarTransform(), higher_bands
+
+    def forward(self, image):
+        _, dwt_L2, dwt_L3 = (w / 2**l for l, w in enumerate(self.wavelet_fn.cascade(image), 1))
+        latent = dwt_L3  # (B, 12, h, w)
+        if self.higher_bands:
+            details = F.pixel_unshuffle(dwt_L2[:, 3:], 2)  # (B, 9, 2h, 2w) -> (B, 36, h, w)
+            latent = torch.cat([latent, details], dim=1)  # (B, 48, h, w)
+        return torch.cat([latent, torch.zeros_like(latent)], dim=1)
+
+
+class PointDistribution(DiagonalGaussianDistribution):
+    """A "posterior" without spread: every draw is the mean, and there is no KL."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.std, self.logvar = torch.zeros_like(self.mean), torch.full_like(self.mean, -torch.inf)
+
+    def kl(self):
+        return self.mean.new_zeros(len(self.mean))
+
+
+DWT_LATENTS = {"dwt": 12, "dwt-2": 48}
+
+
+class DWTVAE(LiteVAE):
+    """A wavelet transform for an encoder, and Stable Diffusion's decoder, which alone is trained (App. B).
+
+    model   "dwt" (nz = 12) or "dwt-2" (nz = 48); the other arguments are LiteVAE's
+    """
+
+    posterior = PointDistribution
+
+    def __init__(self, model="dwt", latent_dim=None, decoder_channels=128, use_smc=False, output_type="image",
+                 scaling_factor=1.0):
+        nn.Module.__init__(self)
+        if model not in DWT_LATENTS:
+            raise ValueError(f"model must be one of {', '.join(DWT_LATENTS)}, got {model!r}")
+        latent_dim = latent_dim or DWT_LATENTS[model]
+        if latent_dim != DWT_LATENTS[model]:
+            raise ValueError(f"the latent of {model} has {DWT_LATENTS[model]} channels, not {latent_dim}")
+        _check_arguments(latent_dim, decoder_channels, output_type)
+        self.config = Config(model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
+                             output_type=output_type, scaling_factor=scaling_factor)
+        self.encoder = DWTEncoder(higher_bands=model == "dwt-2")
+        self.decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
+        self.wavelet_fn = self.encoder.wavelet_fn
+        self.pre_conv = self.post_conv = nn.Identity()
+        self.apply(_initialise)
+
+    name = property(lambda self: self.config.model.upper())
+
+
+# ------------------------------------------------------------------------------------------------------
+# 10  Other encoder parts (Tables 18 to 21)
+# ------------------------------------------------------------------------------------------------------
+
+
+class LiteVAEVariant(LiteVAE):
+    """LiteVAE with parts of its encoder exchanged (App. D.3 to D.6); all else, forward included, is LiteVAE's.
+
+    extractor          "unet", or "nafnet" (Table 18)
+    shared_extractor   one extractor reads all levels (Table 19)
+    aggregator         "unet", or "vit" (Table 20), which takes images of `resolution` x `resolution` alone
+    last_two_levels    the extractors read levels 2 and 3 only (Table 21)
+    the other arguments are LiteVAE's
+    """
+
+    def __init__(self, *, model="litevae-variant", extractor="unet", shared_extractor=False, aggregator="unet",
+                 last_two_levels=False, resolution=None, **arguments):
+        if extractor not in ("unet", "nafnet") or aggregator not in ("unet", "vit"):
+            raise ValueError('extractor must be "unet" or "nafnet" and aggregator "unet" or "vit", '
+                             f"got {extractor!r} and {aggregator!r}")
+        if (aggregator == "vit") != (resolution is not None):
+            raise ValueError("the ViT aggregator needs the resolution of its images, and no other part does")
+        super().__init__(**arguments)
+        self.config.update(model=model, extractor=extractor, shared_extractor=shared_extractor, aggregator=aggregator,
+                           last_two_levels=last_two_levels, resolution=resolution)
+        # Made last, so that one seed gives every variant the same decoder to start from.
+        encoder, bands, moments = self.encoder, 12, 2 * self.config.latent_dim
+        levels = (2, 3) if last_two_levels else (1, 2, 3)
+        if extractor == "nafnet":
+            for level in levels:
+                setattr(encoder, f"feature_extractor_L{level}", NAFNetExtractor(bands, *NAFNETS[self.config.size]))
+        if last_two_levels:
+            encoder.feature_extractor_L1, encoder.downsample_block_L1 = nn.Identity(), NoFeatures()
+            encoder.feature_aggregator = LiteVAEUNetBlock(2 * bands, moments, *PRESETS[self.config.size]["aggregator"])
+        if shared_extractor:
+            for level in levels:
+                setattr(encoder, f"feature_extractor_L{level}", encoder.feature_extractor_L3)
+        if aggregator == "vit":
+            model_channels, ch_multiplies = PRESETS[self.config.size]["aggregator"]
+            encoder.feature_aggregator = ViTAggregator(len(levels) * bands, moments, resolution // 8,
+                                                       model_channels * ch_multiplies[-1])
+        encoder.apply(_initialise)
+        if aggregator == "vit" and self.config.use_1x1_conv:
+            _initialise_posterior(self.pre_conv, 0.5 / 4.0)  # which has its 4 already
+        elif not self.config.use_1x1_conv:
+            # A ViT ends in a norm: its output is not small.
+            _initialise_posterior(encoder.feature_aggregator.out_layer, 0.5 if aggregator == "vit" else 4.0)
+
+    @property
+    def name(self):
+        c = self.config
+        parts = {"NAFNet extractor": c.extractor == "nafnet", "one for all levels": c.shared_extractor,
+                 "ViT aggregator": c.aggregator == "vit", "last two levels": c.last_two_levels}
+        return f"{super().name} ({', '.join(part for part, there in parts.items() if there)})"
+
+
+class NoFeatures(nn.Module):
+    """What level 1 contributes when only the last two are read: (B, C, H/2, W/2) -> (B, 0, h, w)."""
+
+    def forward(self, x):
+        return x[:, :0, ::4, ::4]
+
+
+# Unspecified: NAFNet's size. (channels, blocks): as wide as the UNet's widest blocks, and as many as come nearest
+# to its parameters, so that Table 18 compares kinds of network: 261,900, 1,712,844 and 10,333,964 parameters.
+NAFNETS = {"S": (32, 31), "B": (96, 25), "M": (256, 22), "L": (256, 22)}
+
+
+class NAFNetExtractor(nn.Module):
+    """NAFNet at one resolution, as in the NAFSSR the paper cites: (B, bands, H, W) -> (B, bands, H, W)."""
+
+    # Differs: NAFNet, made to restore images, adds its input to its output; the UNet extractor does not.
+
+    def __init__(self, bands, channels, num_blocks):
+        super().__init__()
+        self.in_layer = nn.Conv2d(bands, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*(NAFBlock(channels) for _ in range(num_blocks)))
+        self.out_layer = nn.Conv2d(channels, bands, 3, padding=1)
+
+    def forward(self, x):
+        return self.out_layer(self.blocks(self.in_layer(x)))
+
+
+class NAFBlock(nn.Module):
+    """NAFNet's block (Chen et al. 2022), without a nonlinear activation: (B, C, H, W) -> (B, C, H, W).
+
+    A gate, the product of two halves of the channels, stands where others have an activation.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm1 = LayerNorm2d(channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.conv2 = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
+        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1))  # attention to channels
+        self.conv3 = nn.Conv2d(channels, channels, 1)
+        self.norm2 = LayerNorm2d(channels, eps=1e-6)
+        self.conv4 = nn.Conv2d(channels, 2 * channels, 1)
+        self.conv5 = nn.Conv2d(channels, channels, 1)
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))  # both branches start at zero
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x):
+        h = simple_gate(self.conv2(self.conv1(self.norm1(x))))  # (B, 2C, H, W) -> (B, C, H, W)
+        x = x + self.beta * self.conv3(h * self.sca(h))
+        h = simple_gate(self.conv4(self.norm2(x)))
+        return x + self.gamma * self.conv5(h)
+
+
+def simple_gate(x):
+    """(B, 2C, H, W) -> (B, C, H, W): one half of the channels times the other."""
+    a, b = x.chunk(2, dim=1)
+    return a * b
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of each position: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ViTAggregator(nn.Module):
+    """A vision transformer over latent positions (App. D.5): (B, in, side, side) -> (B, out, side, side)."""
+
+    # Paper: Table 20, 0.84 M parameters, beside a UNet of 1.69 M. Unspecified: all else. One token a position;
+    # seven blocks as wide as the UNet's widest, with a 3x3 convolution before and a 1x1 after, have 841,176 at
+    # nz = 12 and 16x16 positions, which is where Table 20's numbers come from (it shares Table 2a's rFID).
+
+    def __init__(self, in_channels, out_channels, side, width, depth=7):
+        super().__init__()
+        self.in_layer = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, side * side, width))
+        self.blocks = nn.Sequential(*(ViTBlock(width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.out_layer = nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, x):
+        B, _, h, w = x.shape
+        side = math.isqrt(self.positions.shape[1])
+        if (h, w) != (side, side):
+            raise ValueError(f"this model's ViT aggregator takes images of {8 * side}x{8 * side} alone (Table 20), "
+                             f"got {8 * h}x{8 * w}")
+        x = self.in_layer(x).flatten(2).transpose(1, 2) + self.positions  # (B, hw, width)
+        x = self.norm(self.blocks(x))
+        return self.out_layer(x.transpose(1, 2).reshape(B, -1, h, w))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block (Dosovitskiy et al. 2021), heads of 32 channels: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.heads = max(1, width // 32)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, C/heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(h.transpose(1, 2).reshape(B, N, C))
+        return x + self.mlp(self.norm2(x))
+
+
+MODELS |= {"litevae-variant": LiteVAEVariant, "sd-vae": SDVAE, "vae-small": SDVAE, "dwt": DWTVAE, "dwt-2": DWTVAE}
+IMPORTERS += [released_sd_vae]
+
+
+# ------------------------------------------------------------------------------------------------------
+# 11  Other losses (Eq. 2, Tables 8 and 14 to 16)
+# ------------------------------------------------------------------------------------------------------
+
+
+def adaptive_weight(recon, adv, last_layer, delta=1e-4, average=lambda gradient: gradient):
+    """lambda_adv of Eq. 2:  1/2 ||grad L_recon|| / (||grad L_adv|| + delta), gradients at `last_layer`: a () constant.
+
+    `recon` and `adv` are losses, (), whose graph is kept; `last_layer` is the decoder's last weight; `average`
+    averages a gradient over the processes that share a batch.
+    """
+    # Unspecified: where the gradients are taken, delta, and a ceiling. As in taming-transformers.
+    g_recon, g_adv = (average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
+                      for loss in (recon, adv))
+    return 0.5 * (g_recon / (g_adv + delta)).clamp(max=1e4)
+
+
+class ESRGANPerceptual(nn.Module):
+    """ESRGAN's perceptual loss (Wang et al. 2018, Table 14): two (B, 3, H, W) in [-1, 1] -> (B,).
+
+    L1 between features of VGG-19's conv5_4 before their activation, so that most of them are not zero. Frozen,
+    in float32. The weights, torchvision's, are looked for as LPIPS's are. H and W at least 16.
+    """
+
+    weights = "vgg19-dcbb9e9d.pth"
+
+    def __init__(self):
+        super().__init__()
+        layers, width = [], 3
+        for out in (64, 64, "pool", 128, 128, "pool", *(256,) * 4, "pool", *(512,) * 4, "pool", *(512,) * 4):
+            if out == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU(inplace=True)]
+                width = out
+        self.features = nn.Sequential(*layers[:-1])  # numbered as torchvision's; the last one is conv5_4
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        load_torchvision_features([self.features], self.weights, "the ESRGAN loss")
+        self.requires_grad_(False)
+
+    def forward(self, x_hat, x):
+        with _autocast_off(x):
+            f_hat, f = (self.features(((a.float() + 1) / 2 - self.mean) / self.std) for a in (x_hat, x))
+            return (f_hat - f).abs().mean(dim=(1, 2, 3))  # of (B, 512, H/16, W/16)
+
+
+def ldl_loss(x_hat, x, x_ema):
+    """Locally discriminative learning (Liang et al. 2022, Table 15): three (B, 3, H, W) in [-1, 1] -> ().
+
+    L1, weighted by where x_hat is likely to hold artifacts; `x_ema` is what the averaged weights make of x.
+    """
+    # Over [0, 1], as in its authors' code: on [-1, 1] the same loss would be 10 times as large.
+    x_hat, x, x_ema = ((_at_least_float32(a) + 1) / 2 for a in (x_hat, x, x_ema))
+    return (artifact_map(x_hat.detach(), x, x_ema) * (x_hat - x)).abs().mean()
+
+
+def artifact_map(x_hat, x, x_ema, kernel_size=7):
+    """LDL's refined map M of three (B, 3, H, W) in [0, 1]: (B, 1, H, W), zero where the averaged weights do worse.
+
+    The variance of the residual in each 7x7 window, times its variance in the image to the power of 1/5.
+    """
+    # Differs: the authors' code lets the gradient run through the map too, where the fifth root's is infinite for
+    # a perfect reconstruction. A weight is a constant here.
+    residual, residual_ema = ((a - x).abs().sum(dim=1, keepdim=True) for a in (x_hat, x_ema))  # (B, 1, H, W)
+    half = kernel_size // 2
+    windows = F.unfold(F.pad(residual, (half,) * 4, mode="reflect"), kernel_size)  # (B, 49, HW)
+    local = windows.var(dim=1).view_as(residual)  # (B, 1, H, W)
+    whole = residual.var(dim=(1, 2, 3), keepdim=True) ** 0.2  # (B, 1, 1, 1)
+    return torch.where(residual < residual_ema, 0.0, whole * local)
+
+
+def logistic_d_loss(real, fake):
+    """Logistic loss of the discriminator: softplus(-real) + softplus(fake), averaged: two logits -> () (Table 16)."""
+    return F.softplus(-_at_least_float32(real)).mean() + F.softplus(_at_least_float32(fake)).mean()
+
+
+def logistic_g_loss(fake):
+    """Non-saturating logistic loss of the generator: softplus(-fake), averaged: logits -> () (Table 16)."""
+    return F.softplus(-_at_least_float32(fake)).mean()
+
+
+# ------------------------------------------------------------------------------------------------------
+# 12  Other discriminators (Table 10)
+# ------------------------------------------------------------------------------------------------------
+# Like UNetDiscriminator they return a tuple of logits, positive for real.
+
+
+class PatchDiscriminator(nn.Module):
+    """pix2pix's PatchGAN, which Stable Diffusion's autoencoder was trained with: (B, 3, H, W) -> ((B, 1, H', W'),).
+
+    Each logit judges 70x70 pixels; H' = H/8 - 2. H and W at least 24.
+    """
+
+    # Differs: taming-transformers' has BatchNorm, which ties the images of a batch together and breaks at batch 1.
+    # Spectral normalisation, as in the UNet: Table 10 is about what a discriminator looks at.
+
+    def __init__(self, channels=64):
+        super().__init__()
+        layers, width = [], 3
+        for out, stride in ((channels, 2), (2 * channels, 2), (4 * channels, 2), (8 * channels, 1)):
+            layers += [_spectral_norm(nn.Conv2d(width, out, 4, stride, padding=1)), nn.LeakyReLU(0.2)]
+            width = out
+        self.layers = nn.Sequential(*layers, _spectral_norm(nn.Conv2d(width, 1, 4, padding=1)))
+
+    def forward(self, x):
+        return (self.layers(x),)
+
+
+class StyleGANDiscriminator(nn.Module):
+    """StyleGAN2's residual discriminator (Karras et al. 2020): (B, 3, R, R) -> ((B, 1),), R a power of two.
+
+    Equalised learning rate; blurs before it downsamples; the last block sees how much a group of images varies.
+    B is a multiple of 4, the size of such a group.
+    """
+
+    # Unspecified: its width (here `channels` at full resolution, doubled at each halving up to 512; the original
+    # has 128 at 256x256), and whether its R1 penalty is used: it is not, as for the others.
+
+    def __init__(self, resolution, channels=64):
+        super().__init__()
+        if resolution < 8 or resolution & (resolution - 1):
+            raise ValueError(f"StyleGAN2's discriminator takes images of a power of two, got {resolution}")
+        self.resolution, width = resolution, channels
+        self.from_rgb = EqualizedConv2d(3, width, 1)
+        self.blocks = nn.ModuleList()
+        while resolution > 4:
+            self.blocks.append(StyleGANBlock(width, min(2 * width, 512)))
+            width, resolution = min(2 * width, 512), resolution // 2
+        self.conv = EqualizedConv2d(width + 1, width, 3)
+        # Fully connected layers over 4x4 and over 1x1 positions.
+        self.dense = EqualizedConv2d(width, width, 4, padding=0)
+        self.out = EqualizedConv2d(width, 1, 1)
+
+    def forward(self, x):
+        if x.shape[2:] != (self.resolution, self.resolution):
+            raise ValueError(f"this StyleGAN2 discriminator judges images of {self.resolution}x{self.resolution} "
+                             f"alone, got {x.shape[2]}x{x.shape[3]}")
+        x = scaled_leaky_relu(self.from_rgb(x))  # (B, channels, R, R)
+        for block in self.blocks:
+            x = block(x)  # (B, min(2^n channels, 512), R/2^n, R/2^n)
+        x = torch.cat([x, minibatch_stddev(x).to(x.dtype)], dim=1)  # (B, C + 1, 4, 4)
+        x = scaled_leaky_relu(self.conv(x))
+        return (self.out(scaled_leaky_relu(self.dense(x))).flatten(1),)  # (B, C, 1, 1) -> (B, 1)
+
+
+class StyleGANBlock(nn.Module):
+    """(B, in, H, W) -> (B, out, H/2, W/2)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv_in = EqualizedConv2d(in_channels, in_channels, 3)
+        self.conv_out = EqualizedConv2d(in_channels, out_channels, 3, stride=2, padding=0)
+        self.skip_connection = EqualizedConv2d(in_channels, out_channels, 1, stride=2, bias=False)
+
+    def forward(self, x):
+        h = scaled_leaky_relu(self.conv_in(x))
+        h = scaled_leaky_relu(self.conv_out(binomial_blur(h, 2)))  # (B, in, H + 1, W + 1) -> (B, out, H/2, W/2)
+        return (self.skip_connection(binomial_blur(x, 1)) + h) / math.sqrt(2)
+
+
+class EqualizedConv2d(nn.Conv2d):
+    """A convolution with weights drawn at unit variance and scaled where they are used (Karras et al. 2018)."""
+
+    # So that Adam, whose steps do not depend on a gradient's scale, changes all layers at the same relative speed:
+    # a slow one at the rates that suit the other discriminators (StyleGAN2's own is 0.002).
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, bias=True):
+        super().__init__(in_channels, out_channels, kernel_size, stride,
+                         kernel_size // 2 if padding is None else padding, bias=bias)
+        nn.init.normal_(self.weight)
+        if bias:
+            nn.init.zeros_(self.bias)
+        self.scale = 1 / math.sqrt(self.weight[0].numel())
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.scale, self.bias, self.stride, self.padding)
+
+
+def scaled_leaky_relu(x):
+    """Leaky ReLU times sqrt(2), which about keeps the variance."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def binomial_blur(x, padding):
+    """Blur by (1, 3, 3, 1) / 8 along both axes: (B, C, H, W) -> (B, C, H + 2 padding - 3, W + 2 padding - 3)."""
+    C = x.shape[1]
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
+    kernel = (taps[:, None] * taps).expand(C, 1, 4, 4)
+    return F.conv2d(x, kernel, padding=padding, groups=C)
+
+
+def minibatch_stddev(x, group_size=4):
+    """How much the images of a group differ, as a map to append: (B, C, H, W) -> (B, 1, H, W), in float32.
+
+    The standard deviation over each group, at every position of every channel, averaged over both.
+    """
+    # Differs: StyleGAN2 spreads a group over the batch. Neighbours here: a batch of real images followed by fake
+    # ones can then be judged at once, without a group of both.
+    B, C, H, W = x.shape
+    if B % group_size:
+        raise ValueError(f"StyleGAN2's discriminator takes batches that are multiples of {group_size}, got {B} images")
+    groups = x.float().view(B // group_size, group_size, C, H, W)
+    std = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt()  # (B / group_size, C, H, W)
+    return std.mean(dim=(1, 2, 3)).repeat_interleave(group_size).view(B, 1, 1, 1).expand(B, 1, H, W)
+
+
+def compare():
+    """Print Part II's sizes beside the paper's."""
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    with torch.device("meta"):
+        sd, small, dwt = SDVAE("sd-vae"), SDVAE("vae-small"), DWTVAE("dwt")
+        naf, one = LiteVAEVariant(extractor="nafnet"), LiteVAEVariant(shared_extractor=True)
+        vit = LiteVAEVariant(aggregator="vit", resolution=128, latent_dim=12)
+        rows = [("SD-VAE encoder", sd.encoder, "34.16 M"), ("SD-VAE decoder", sd.decoder, ""),
+                ("VAE-Small encoder", small.encoder, "6.75 M"), ("DWT encoder", dwt.encoder, "0"),
+                ("UNet aggregator (B)", LiteVAE("B", 12).encoder.feature_aggregator, "1.69 M"),
+                ("ViT aggregator (B)", vit.encoder.feature_aggregator, "0.84 M"),
+                ("encoder, NAFNet (B)", naf.encoder, ""), ("encoder, shared (B)", one.encoder, ""),
+                ("UNet discriminator", UNetDiscriminator(), ""), ("PatchGAN", PatchDiscriminator(), ""),
+                ("StyleGAN2's, 128x128", StyleGANDiscriminator(128), "")]
+    print("\nWhat the paper compares with:")
+    for name, module, paper in rows:
+        print(f"  {name:22} {count(module):12,}    {paper:>7}".rstrip())
+
+
 if __name__ == "__main__":
-    main()
+    compare()

@@ -42,9 +42,9 @@ from torch.utils.data import DataLoader
 
 from litevae import Config, LiteVAE, group_norm, load_checkpoint, write_checkpoint
 from train import (EMA, ImageFolder, Machine, Options, Parser, Progress, Shuffled, UsageError, add_optimiser_options,
-                   add_run_options, announce, at_least, batches, check_run, complete, find_images, fit, ignore_signals,
-                   learning_rate, load_optimizer, load_or_say, open_images, open_rgb, optimizer_step, run_script,
-                   save_grid, to_pixels)
+                   add_run_options, announce, at_least, batches, check_run, complete, find_images, fit,
+                   fits_resolution, ignore_signals, learning_rate, load_optimizer, load_or_say, open_images, open_rgb,
+                   optimizer_step, rebuilt, run_script, save_grid, to_pixels, trained_at)
 
 # ------------------------------------------------------------------------------------------------------
 # 1  Diffusion (App. C, EDM Sec. 5 and Table 1)
@@ -638,15 +638,6 @@ def class_of(file, root):
     return parts[0] if len(parts) > 1 else ""
 
 
-def rebuilt(build, option):
-    """build(), made from a checkpoint; a UsageError that names `option` if its weights and its config disagree."""
-    try:
-        return build()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{option}: the checkpoint's weights are not those of the model it describes "
-                         f"({(str(error) or repr(error)).splitlines()[0]})")
-
-
 def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     classes, label = [], None
@@ -789,7 +780,8 @@ def build_parser():
     options.add("--compile", "torch.compile the denoiser: a slow start, then faster steps", action="store_true")
 
     options.group("latents")
-    options.add("--vae", "the autoencoder: a checkpoint of train.py, whose averaged weights are taken", metavar="CKPT")
+    options.add("--vae", "the autoencoder: a checkpoint of train.py, whose averaged weights are taken, or a released "
+                "Stable Diffusion autoencoder", metavar="CKPT")
     options.add("--cache-latents", "encode every image and its mirror image once, before training, into --out; without "
                 "it images are encoded on the fly, with crops and flips", action="store_true")
 
@@ -840,10 +832,12 @@ def complete_train(args, options):
         if not args.vae:
             raise UsageError("--vae is missing: give a checkpoint of train.py, for one runs/quickstart/checkpoint.pt")
         checkpoint = load_or_say(load_checkpoint, args.vae, "--vae")
-        recipe["resolution"] = checkpoint.get("args", {}).get("resolution", 256)
+        recipe["resolution"] = trained_at(checkpoint) or 256
     for key, value in {**recipe, **given}.items():
         setattr(args, key, value)
     check_run(args, checkpoint)
+    if not args.resume:
+        fits_resolution(checkpoint["config"], args.resolution, "--vae")
     at_least(1, args, "noise_draws")
     if not args.noise_std > 0:
         raise UsageError(f"--noise-std must be above 0, got {args.noise_std}")

@@ -4,6 +4,7 @@
     python train.py --data DIR --out runs/mine                  the paper's first stage: LiteVAE-B at 128x128
     python train.py --data DIR --init runs/mine/checkpoint.pt --resolution 256 --out runs/mine-256
                                                                 its second stage (Sec. 4.3, Table 5)
+    python train.py --data DIR --model sd-vae --out runs/sd     what the paper compares with: see the groups below
     python train.py --out runs/mine --resume                    go on where a run stopped, to the bit
     torchrun --nproc_per_node=2 train.py --data DIR             the same run shared by two processes
 
@@ -38,8 +39,10 @@ from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from litevae import (LOSS_WEIGHTS, LPIPS, PRESETS, LiteVAE, UNetDiscriminator, autoencoder_loss, discriminator_loss,
-                     load_checkpoint, save_checkpoint)
+from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, MODELS, PRESETS, ESRGANPerceptual, LiteVAE, LiteVAEVariant,
+                     PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight, autoencoder_loss,
+                     discriminator_loss, hinge_d_loss, hinge_g_loss, ldl_loss, load_checkpoint, logistic_d_loss,
+                     logistic_g_loss, save_checkpoint)
 
 
 class UsageError(Exception):
@@ -252,6 +255,19 @@ class ImageFolder:
         new = [i for i in self.broken.nonzero().flatten().tolist() if i not in self.reported]
         self.reported.update(new)
         return [self.files[i] for i in new]
+
+
+class TwoStages:
+    """The stream `first` up to a position, from there on `second`: the same images at another resolution."""
+
+    def __init__(self, first, second, position):
+        self.first, self.second, self.position = first, second, position
+        if isinstance(first, ImageFolder):  # what one finds unreadable the other skips
+            second.broken = first.broken
+            self.reported, self.unreadable = first.reported, first.unreadable
+
+    def __getitem__(self, position):
+        return (self.first if position < self.position else self.second)[position]
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -589,8 +605,8 @@ def add_run_options(options, out, steps, resolution=""):
     options.group("run")
     options.add("--data", "folder of images to train on, searched recursively; without it: built-in images",
                 metavar="DIR")
-    options.add("--val", "folder of held-out images; without it, 1 file in 20 of --data is held out, 64 at most",
-                metavar="DIR")
+    options.add("--val", "folder of held-out images; without it, 1 file in 20 of --data is held out, "
+                f"{HELD_OUT} at most", metavar="DIR")
     options.add("--out", f"folder for checkpoint, log and pictures (default: {out})", metavar="DIR")
     options.add("--resume", "go on from --out's checkpoint, with the options it was started with", action="store_true")
     options.add("--steps", steps, type=int)
@@ -636,7 +652,7 @@ def complete(args, options, out, load):
     checkpoint = load_or_say(load, Path(args.out) / "checkpoint.pt", "--resume")
     if "training" not in checkpoint:
         raise UsageError(f"{args.out}/checkpoint.pt holds a model but no training state: start from it with --init")
-    kept = checkpoint["args"]
+    kept = {**options.recipe(args.data), **checkpoint["args"]}  # the file may be older than an option
     for key, value in given.items():
         if key not in CHANGEABLE and value != kept.get(key):
             raise UsageError(f"the run in {args.out} was started with {flag(key)} {kept.get(key)}, not {value}: "
@@ -650,6 +666,29 @@ def load_or_say(load, path, option):
         return load(path)
     except (ValueError, OSError) as error:
         raise UsageError(f"{option}: {error}")
+
+
+def rebuilt(build, option):
+    """build(), made from a checkpoint; a UsageError that names `option` if its weights and its config disagree."""
+    try:
+        return build()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{option}: the checkpoint's weights are not those of the model it describes "
+                         f"({(str(error) or repr(error)).splitlines()[0]})")
+
+
+def trained_at(checkpoint):
+    """The resolution a checkpoint's autoencoder was trained at, last if at several; None if the file does not say."""
+    args = checkpoint.get("args", {})
+    tuned = args.get("tune_resolution") and checkpoint["step"] > args["tune_start"]
+    return args.get("tune_resolution" if tuned else "resolution")
+
+
+def fits_resolution(config, resolution, option):
+    """UsageError if a model of this config takes images of another resolution alone, as a ViT makes it."""
+    if config.get("resolution") not in (None, resolution):
+        raise UsageError(f"{option}: its ViT aggregator takes images of {config['resolution']}x{config['resolution']} "
+                         f"alone (Table 20), not of {resolution}x{resolution}")
 
 
 def flag(key):
@@ -685,6 +724,9 @@ def check_run(args, checkpoint):
         raise UsageError(f"the run in {args.out} has done its {checkpoint['step']} steps: raise --steps to go on")
 
 
+HELD_OUT = 64  # images, unless --val names a folder
+
+
 def open_images(args, label=None, clutter=1.0):
     """The images to train on, those held out, and a word about them; `clutter` is of built-in ones.
 
@@ -698,14 +740,14 @@ def open_images(args, label=None, clutter=1.0):
     if args.data:
         files = find_images(args.data)
         if not held_out:
-            held_out = images(files[::20][:64], args.data, augment=False)
+            held_out = images(files[::20][:HELD_OUT], args.data, augment=False)
             unseen = set(held_out.files)
             files = [file for file in files if file not in unseen] or held_out.files
         about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
         return images(files, args.data, seed=args.seed), held_out, about
     if not held_out:
         unseen = BuiltInImages(args.resolution, 2**32 - 1, clutter)  # a seed no run trains on
-        held_out = [unseen[i] for i in range(64)]
+        held_out = [unseen[i] for i in range(HELD_OUT)]
     return BuiltInImages(args.resolution, args.seed, clutter), held_out, f"built-in images, {len(held_out)} held out"
 
 
@@ -740,11 +782,11 @@ def run_script(name, work):
 
 
 class AutoencoderTask:
-    """LiteVAE, its discriminator, and one update of each."""
+    """An autoencoder, its discriminator, and one update of each."""
 
     shown = ["loss", "l1"]
-    fields = ["loss", *LOSS_WEIGHTS, "recon", "kl_nats", "latent_std", "latent_max", "posterior_std", "grad_norm", "lr",
-              "d_loss", "logits_real", "logits_fake", "adv_weight", "grad_ratio", "psnr"]
+    fields = ["loss", *LOSS_WEIGHTS, "ldl", "recon", "kl_nats", "latent_std", "latent_max", "posterior_std",
+              "grad_norm", "lr", "d_loss", "logits_real", "logits_fake", "adv_weight", "grad_ratio", "psnr"]
 
     def __init__(self, args, machine, vae, held_out, perceptual=None, discriminator=None):
         self.args, self.machine, self.held_out = args, machine, held_out
@@ -752,6 +794,7 @@ class AutoencoderTask:
         self.ema = EMA(self.vae, args.ema)
         self.perceptual = perceptual.to(machine.device) if perceptual is not None else None
         self.weights = {name: getattr(args, f"weight_{name}") for name in LOSS_WEIGHTS}
+        self.g_loss, self.d_loss = ADVERSARIAL[args.adv_loss]
         self.skipped = 0
         betas = (args.beta1, args.beta2)
         self.optimizer = torch.optim.Adam(self.vae.parameters(), args.lr, betas, fused=True)
@@ -787,7 +830,18 @@ class AutoencoderTask:
             with self.machine.autocast():
                 fake_logits = self.discriminator(output.sample)
             self.discriminator.requires_grad_(True)
-        loss, terms = autoencoder_loss(output, image, weights, self.perceptual, fake_logits)
+        if args.adaptive_weight:
+            weights = {**weights, "adv": 0.0}  # added below, once there are gradients to weigh it by
+        loss, terms = autoencoder_loss(output, image, weights, self.perceptual, fake_logits, self.g_loss)
+        if args.weight_ldl:
+            with torch.no_grad(), self.machine.autocast():
+                averaged = self.ema.model(image, noise=noise).sample
+            terms["ldl"] = ldl_loss(output.sample, image, averaged)
+            loss, terms["recon"] = (total + args.weight_ldl * terms["ldl"] for total in (loss, terms["recon"]))
+        if args.adaptive_weight and fake_logits is not None:
+            weight = adaptive_weight(terms["recon"], terms["adv"], self.last_layer, average=self.machine.average)
+            weights["adv"] = ramp * weight
+            loss = loss + weights["adv"] * terms["adv"]
         values = {"loss": loss, **terms, "lr": self.optimizer.param_groups[0]["lr"]}
         if log and fake_logits is not None:
             values |= {"adv_weight": weights["adv"], "grad_ratio": self.grad_ratio(terms)}
@@ -799,13 +853,13 @@ class AutoencoderTask:
         # The discriminator's turn, on the same reconstructions; it starts before its loss counts above.
         if self.discriminator and step >= args.disc_start - args.disc_warmup:
             with self.machine.autocast():
-                logits = self.d_parallel(torch.cat([image, output.sample.detach()]))  # (2B, 1), (2B, 1, H, W)
+                logits = self.d_parallel(torch.cat([image, output.sample.detach()]))  # UNet: (2B, 1), (2B, 1, H, W)
             real, fake = zip(*(both.chunk(2) for both in logits))
-            values["d_loss"] = discriminator_loss(real, fake)
+            values["d_loss"] = discriminator_loss(real, fake, self.d_loss)
             d_norm = optimizer_step(values["d_loss"], self.discriminator.parameters(), self.d_optimizer, args.clip)
             finite = finite & torch.isfinite(d_norm)
-            values |= {"logits_real": (real[0].mean() + real[1].mean()) / 2,
-                       "logits_fake": (fake[0].mean() + fake[1].mean()) / 2}
+            values |= {name: sum(logits.mean() for logits in kinds) / len(kinds)
+                       for name, kinds in (("logits_real", real), ("logits_fake", fake))}
 
         if log:
             d = output.latent_dist
@@ -813,12 +867,16 @@ class AutoencoderTask:
                        "posterior_std": d.std.mean()}
         return {**{k: v.detach() if torch.is_tensor(v) else v for k, v in values.items()}, "finite": bool(finite)}
 
+    @property
+    def last_layer(self):
+        return self.vae.decoder.conv_out.weight
+
     def grad_ratio(self, terms):
         """||grad L_adv|| / ||grad L_recon|| at the decoder's last layer, both unweighted (Fig. 7)."""
         # Paper: Fig. 7 can only be about the unweighted L_adv, for with the adaptive weight of Eq. 2 the
         # weighted ratio would be 1/2 by construction.
-        last = self.vae.decoder.conv_out.weight
-        adv, recon = (torch.autograd.grad(terms[name], last, retain_graph=True)[0].norm() for name in ("adv", "recon"))
+        adv, recon = (torch.autograd.grad(terms[name], self.last_layer, retain_graph=True)[0].norm()
+                      for name in ("adv", "recon"))
         return adv / recon.clamp_min(1e-12)
 
     @torch.no_grad()
@@ -874,7 +932,8 @@ def load_optimizer(optimizer, state):
 # SMC decoder's input in place, and at this high a rate latents can run away: a longer warm-up and a KL
 # weight 1,000 times LDM's prevent it.
 QUICK_START = dict(
-    size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True, use_1x1_conv=False,
+    model="litevae", size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True,
+    use_1x1_conv=False,
     resolution=64, batch_size=8, steps=1400,
     lr=3e-3, beta1=0.9, beta2=0.95, lr_warmup=100, lr_decay_after=100, ema=0.99,
     perceptual="none", weight_wavelet=0.2, weight_gaussian=0.0, weight_kl=1e-3,
@@ -884,14 +943,22 @@ QUICK_START = dict(
 # Unspecified: everything else. Learning rate constant. "Batch size 16 on two GPUs" read as 16 in all. The
 # discriminator's loss counts once reconstructions are past their blurry start; EMA as in LDM and DiT.
 PAPER = dict(
-    size="B", latent_dim=4, decoder_channels=128, output_type="image", use_smc=False, use_1x1_conv=False,
+    model="litevae", size="B", latent_dim=4, decoder_channels=128, output_type="image", use_smc=False,
+    use_1x1_conv=False,
     resolution=128, batch_size=16, steps=200_000,
     lr=1e-4, beta1=0.5, beta2=0.9, lr_warmup=0, lr_decay_after=0, ema=0.9999,
     perceptual="lpips", weight_wavelet=LOSS_WEIGHTS["wavelet"], weight_gaussian=LOSS_WEIGHTS["gaussian"],
     weight_kl=LOSS_WEIGHTS["kl"], discriminator="unet", disc_start=10_000, disc_warmup=1_000,
     save_every=2_000, log_every=50)
 
-ARCHITECTURE = ("size", "latent_dim", "decoder_channels", "output_type", "use_smc", "use_1x1_conv")
+# What the options of a model are called: those of all models, LiteVAE's own, and the parts that can be exchanged,
+# with what they are in LiteVAE itself.
+DECODER = ("latent_dim", "decoder_channels", "output_type", "use_smc")
+LITEVAE = ("size", "use_1x1_conv")
+PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "last_two_levels": False}
+
+PERCEPTUAL = {"lpips": LPIPS, "esrgan": ESRGANPerceptual}
+ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "logistic": (logistic_g_loss, logistic_d_loss)}
 
 
 def build_parser():
@@ -899,29 +966,74 @@ def build_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = Options(parser, QUICK_START, PAPER)
     add_run_options(options, "runs/quickstart, with --data runs/litevae", "updates of the autoencoder")
-    options.add("--init", "start from this checkpoint's averaged weights, e.g. --resolution 256 for the second stage",
-                metavar="CKPT")
+    options.add("--init", "start from this checkpoint's averaged weights, e.g. --resolution 256 for the second stage, "
+                "or from a released Stable Diffusion autoencoder", metavar="CKPT")
     options.add("--compile", "torch.compile the encoder and decoder: a slow start, then faster steps",
                 action="store_true")
 
     options.group("model")
-    options.add("--size", "encoder, Tables 23 and 24", choices=list(PRESETS))
-    options.add("--latent-dim", "channels of the latent, nz", type=int)
+    options.add("--latent-dim", "channels of the latent, nz; --model dwt has 12, dwt-2 has 48", type=int)
     options.add("--decoder-channels", "width of the decoder; 128 is Stable Diffusion's", type=int)
     options.add("--output-type", "what the decoder predicts", choices=["image", "wavelet"])
-    options.add("--use-smc", "SMC instead of GroupNorm in the decoder, Sec. 4.2", action=argparse.BooleanOptionalAction)
-    options.add("--use-1x1-conv", "1x1 convolutions around the latent, Table 17", action=argparse.BooleanOptionalAction)
+
+    options.group("Tables 1, 2, 11, 12, 13 and 22: the autoencoder")
+    options.add("--model", "LiteVAE; Stable Diffusion's; that with a small encoder; a wavelet transform and a decoder",
+                choices=["litevae", "sd-vae", "vae-small", "dwt", "dwt-2"])
+    options.add("--size", "LiteVAE's encoder, Tables 23 and 24", choices=list(PRESETS))
+
+    options.group("Table 4 and Figure 8: normalisation in the decoder")
+    options.add("--use-smc", "SMC instead of GroupNorm in the decoder, Sec. 4.2",
+                action=argparse.BooleanOptionalAction)
+
+    options.group("Tables 5 and 22: training resolution (--resolution, or that and then another)")
+    options.add("--tune-resolution", "resolution of the last steps and of the held-out images (default: --resolution "
+                "all the way)", metavar="R", type=int)
+    options.add("--tune-start", "step from which --tune-resolution holds (no default)", metavar="STEP", type=int)
+
+    options.group("Table 17: 1x1 convolutions around the latent")
+    options.add("--use-1x1-conv", "1x1 convolutions after the encoder and before the decoder",
+                action=argparse.BooleanOptionalAction)
+
+    options.group("Tables 18 to 21: the parts of LiteVAE's encoder")
+    options.add("--extractor", "Table 18: what reads a wavelet level", default="unet", choices=["unet", "nafnet"])
+    options.add("--shared-extractor", "Table 19: one extractor for all levels", default=False, action="store_true")
+    options.add("--aggregator", "Table 20: what joins the levels; vit takes one resolution alone", default="unet",
+                choices=["unet", "vit"])
+    options.add("--last-two-levels", "Table 21: without the level of the highest resolution", default=False,
+                action="store_true")
 
     add_optimiser_options(options)
 
-    options.group("losses, Eq. 1")
-    options.add("--perceptual", "perceptual loss", choices=["lpips", "none"])
-    for name, weight in LOSS_WEIGHTS.items():
-        options.add(f"--weight-{name}", f"weight of the {name} term", type=float, default=weight)
-    options.add("--discriminator", "adversarial loss", choices=["unet", "none"])
+    options.group("Eq. 1: weights of the losses")
+    for name in ("l1", "kl"):
+        options.add(f"--weight-{name}", f"weight of the {name} term", type=float, default=LOSS_WEIGHTS[name])
+
+    options.group("Table 9: high-frequency losses (0: without)")
+    for name in ("wavelet", "gaussian"):
+        options.add(f"--weight-{name}", f"weight of the {name} term", type=float, default=LOSS_WEIGHTS[name])
+
+    options.group("Table 14: perceptual loss")
+    options.add("--perceptual", "LPIPS, or ESRGAN's VGG features before their activation",
+                choices=[*PERCEPTUAL, "none"])
+    options.add("--weight-perceptual", "weight of the perceptual loss", type=float, default=LOSS_WEIGHTS["perceptual"])
+
+    options.group("Table 15: locally discriminative learning")
+    options.add("--weight-ldl", "weight of the LDL term, 1 in its paper; 0: without", type=float, default=0.0)
+
+    options.group("Table 10: discriminator")
+    options.add("--discriminator", "adversarial loss; stylegan is StyleGAN2's",
+                choices=["unet", "stylegan", "patchgan", "none"])
     options.add("--disc-channels", "width of the discriminator", type=int, default=64)
     options.add("--disc-start", "step from which its loss counts", type=int)
     options.add("--disc-warmup", "steps it trains before that, and over which its weight then ramps up", type=int)
+
+    options.group("Table 16: adversarial loss")
+    options.add("--adv-loss", "of both players; logistic is the non-saturating one", default="hinge",
+                choices=list(ADVERSARIAL))
+
+    options.group("Table 8 and Figure 7: weight of the adversarial loss")
+    options.add("--weight-adv", "a constant weight of the adversarial loss", type=float, default=LOSS_WEIGHTS["adv"])
+    options.add("--adaptive-weight", "instead the adaptive weight of Eq. 2", default=False, action="store_true")
     return options
 
 
@@ -933,46 +1045,110 @@ def parse_args(argv=None):
     given, recipe, checkpoint = complete(args, options, out, load_checkpoint)
     if args.init and not args.resume:
         checkpoint = load_or_say(load_checkpoint, args.init, "--init")
-        for key in ARCHITECTURE:
-            held = checkpoint["config"][key]
-            if given.get(key, held) != held:
-                raise UsageError(f"{args.init} holds a LiteVAE with {flag(key)} {held}, not {given[key]}: leave "
-                                 "the option out, or train without --init")
-            recipe[key] = held
+        held = {"model": "litevae", **PARTS, **checkpoint["config"]}
+        held["model"] = held["model"].removesuffix("-variant")
+        for key in recipe.keys() & held.keys() & {"model", *DECODER, *LITEVAE, *PARTS}:
+            if given.get(key, held[key]) != held[key]:
+                raise UsageError(f"{args.init} holds an autoencoder with {flag(key)} {held[key]}, not {given[key]}: "
+                                 "leave the option out, or train without --init")
+            recipe[key] = held[key]
     for key, value in {**recipe, **given}.items():
         setattr(args, key, value)
+    if args.model in DWT_LATENTS:
+        args.latent_dim, args.weight_kl = given.get("latent_dim", DWT_LATENTS[args.model]), 0.0
     check_run(args, checkpoint)
-    _check(args)
+    _check(args, given)
+    if args.init and not args.resume:
+        fits_resolution(checkpoint["config"], args.resolution, "--init")
     return args, checkpoint
 
 
-def _check(args):
-    """Refuse what no autoencoder can be trained with."""
+def _check(args, given):
+    """Refuse what no autoencoder can be trained with, and what would do nothing."""
     for key in ("latent_dim", "decoder_channels", "disc_channels"):
         at_least(1, args, key)
-    for key in ("disc_start", "disc_warmup"):
+    for key in ("disc_start", "disc_warmup", "weight_ldl"):
         at_least(0, args, key)
-    if args.resolution < 16 and (args.discriminator != "none" or args.perceptual != "none"):
-        raise UsageError("the discriminator and LPIPS need a --resolution of at least 16, got 8")
-    if args.discriminator != "none" and args.disc_start >= args.steps:
+    disc = args.discriminator
+    for idle, keys, why in (
+            (args.model != "litevae", [*LITEVAE, *PARTS], f"is for --model litevae, and this is {args.model}"),
+            (args.model in DWT_LATENTS, ["weight_kl"], f"weighs a KL, and --model {args.model} has none"),
+            (args.perceptual == "none", ["weight_perceptual"], "needs --perceptual lpips or esrgan"),
+            (disc == "none", ["adv_loss", "weight_adv", "adaptive_weight", "disc_channels", "disc_start",
+                              "disc_warmup"], "needs a --discriminator"),
+            (args.adaptive_weight, ["weight_adv"], "is the constant that --adaptive-weight replaces")):
+        for key in keys:
+            if idle and key in given:
+                raise UsageError(f"{flag(key)} {why}: leave it out")
+    if args.model in DWT_LATENTS and args.latent_dim != DWT_LATENTS[args.model]:
+        raise UsageError(f"--model {args.model} has a latent of {DWT_LATENTS[args.model]} channels, not "
+                         f"{args.latent_dim}: leave --latent-dim out")
+    if (args.tune_resolution is None) != (args.tune_start is None):
+        raise UsageError("--tune-resolution and --tune-start belong together: give both, or neither")
+    if args.tune_resolution is not None:
+        if args.tune_resolution < 8 or args.tune_resolution % 8:
+            raise UsageError(f"--tune-resolution must be a multiple of 8, got {args.tune_resolution}")
+        if not 0 < args.tune_start < args.steps:
+            raise UsageError(f"--tune-start must be after the first of the {args.steps} steps and before the last, "
+                             f"got {args.tune_start}")
+        for bound, what in ((args.aggregator == "vit", "--aggregator vit"),
+                            (disc == "stylegan", "--discriminator stylegan")):
+            if bound:
+                raise UsageError(f"{what} takes one resolution alone: leave --tune-resolution out")
+    if disc == "stylegan" and args.resolution & (args.resolution - 1):
+        raise UsageError(f"--discriminator stylegan takes a --resolution that is a power of two, got {args.resolution}")
+    share = args.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    if disc == "stylegan" and share % 4:
+        raise UsageError(f"--discriminator stylegan compares images in groups of 4, and a process has {share}: "
+                         "make --batch-size a multiple of 4 for each")
+    smallest = 24 if disc == "patchgan" else 16 if disc != "none" or args.perceptual != "none" else 8
+    for key in ("resolution", "tune_resolution"):
+        if (getattr(args, key) or smallest) < smallest:
+            raise UsageError(f"the discriminator and the perceptual loss need a {flag(key)} of at least {smallest}, "
+                             f"got {getattr(args, key)}")
+    if disc != "none" and args.disc_start >= args.steps:
         raise UsageError(f"the discriminator's loss would start at step {args.disc_start}, beyond the last of "
                          f"{args.steps}: lower --disc-start, raise --steps, or go without it: --discriminator none")
+
+
+def build_autoencoder(args):
+    how = {key: getattr(args, key) for key in DECODER}
+    if args.model != "litevae":
+        return MODELS[args.model](model=args.model, **how)
+    how |= {key: getattr(args, key) for key in LITEVAE}
+    parts = {key: getattr(args, key) for key in PARTS}
+    if parts == PARTS:
+        return LiteVAE(**how)
+    return LiteVAEVariant(**parts, resolution=args.resolution if args.aggregator == "vit" else None, **how)
+
+
+def build_discriminator(args):
+    if args.discriminator == "stylegan":
+        return StyleGANDiscriminator(args.resolution, args.disc_channels)
+    return {"unet": UNetDiscriminator, "patchgan": PatchDiscriminator}[args.discriminator](args.disc_channels)
 
 
 def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     torch.manual_seed(args.seed)
     dataset, held_out, about = open_images(args)
-    vae = LiteVAE(**(checkpoint["config"] if checkpoint else {key: getattr(args, key) for key in ARCHITECTURE}))
-    discriminator = UNetDiscriminator(args.disc_channels) if args.discriminator == "unet" else None
+    if args.tune_resolution:
+        later, held_out, _ = open_images(argparse.Namespace(**{**vars(args), "resolution": args.tune_resolution}))
+        dataset = TwoStages(dataset, later, args.tune_start * args.batch_size)
+        about += f"; from step {args.tune_start} on at {args.tune_resolution}x{args.tune_resolution}, before that"
+    if checkpoint:
+        vae = rebuilt(lambda: LiteVAE.from_state(checkpoint), "--resume" if args.resume else "--init")
+    else:
+        vae = build_autoencoder(args)
+    discriminator = build_discriminator(args) if args.discriminator != "none" else None
     try:
-        perceptual = LPIPS() if args.perceptual == "lpips" and args.weight_perceptual else None
+        perceptual = PERCEPTUAL[args.perceptual]() if args.perceptual != "none" and args.weight_perceptual else None
     except (ImportError, OSError) as error:
         raise UsageError(f"{error}; or go without it: --perceptual none")
-    if args.init and not args.resume:
-        vae.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
-        earlier = checkpoint.get("training", {}).get("discriminator")
-        if discriminator is not None and earlier and checkpoint["args"]["disc_channels"] == args.disc_channels:
+    if args.init and not args.resume and discriminator is not None:
+        earlier = checkpoint.get("training", {}).get("discriminator", {})
+        shapes = [{name: tensor.shape for name, tensor in d.items()} for d in (earlier, discriminator.state_dict())]
+        if shapes[0] == shapes[1]:
             discriminator.load_state_dict(earlier)  # the second stage goes on with the first one's
     task = AutoencoderTask(args, machine, vae, held_out, perceptual, discriminator)
     start = 0
@@ -980,7 +1156,7 @@ def prepare(args, machine, checkpoint):
         task.resume(checkpoint)
         start = checkpoint["step"]
     side = args.resolution // 8
-    announce(f"LiteVAE-{args.size}", vae, f"latent {side}x{side}x{args.latent_dim}; {about}", args, machine, start)
+    announce(vae.name, vae, f"latent {side}x{side}x{args.latent_dim}; {about}", args, machine, start)
     return task, dataset, start
 
 
