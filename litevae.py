@@ -593,7 +593,7 @@ class LiteVAE(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu", ema=True):
-        """The autoencoder stored in `path` by save_checkpoint, in eval mode.
+        """The autoencoder stored in `path` by save_checkpoint, whichever of MODELS it is, in eval mode.
 
         `ema` picks the averaged weights where the file has them. ValueError if the file is damaged or is
         no such checkpoint; FileNotFoundError if it is not there.
