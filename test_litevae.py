@@ -1847,6 +1847,15 @@ def test_what_the_paper_compares_with_trains_and_is_known_by_its_checkpoint(vari
     assert f"at {side}x{side}" in out  # that of training, the last one
 
 
+def test_the_options_choose_the_networks_they_name(tmp_path, vgg):
+    for name, kind in {"unet": "UNetDiscriminator", "stylegan": "StyleGANDiscriminator", "patchgan": "PatchDiscriminator"}.items():
+        args, _ = train.parse_args(["--discriminator", name, *DISC, "--perceptual", "esrgan", "--resolution", "32",
+                                    "--out", str(tmp_path / "a")])
+        task, _, _ = train.prepare(args, train.Machine("cpu"), None)
+        assert type(task.discriminator).__name__ == kind and type(task.perceptual) is litevae.ESRGANPerceptual
+        assert count(task.discriminator) < 10**6  # its width is --disc-channels
+
+
 def test_two_resolutions_resume_to_the_bit_and_change_where_they_should(tmp_path, folder, monkeypatch):
     seen, images = [], train.Machine.images
     monkeypatch.setattr(train.Machine, "images", lambda self, batch: seen.append(tuple(batch.shape[2:])) or images(self, batch))
