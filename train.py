@@ -1135,7 +1135,7 @@ def prepare(args, machine, checkpoint):
     if args.tune_resolution:
         later, held_out, _ = open_images(argparse.Namespace(**{**vars(args), "resolution": args.tune_resolution}))
         dataset = TwoStages(dataset, later, args.tune_start * args.batch_size)
-        about += f"; from step {args.tune_start} on at {args.tune_resolution}x{args.tune_resolution}, before that"
+        about += f", at {args.tune_resolution}x{args.tune_resolution} from step {args.tune_start} on"
     if checkpoint:
         vae = rebuilt(lambda: LiteVAE.from_state(checkpoint), "--resume" if args.resume else "--init")
     else:
