@@ -1780,7 +1780,7 @@ def test_help_states_every_default(capsys):
 
 def test_two_processes_follow_the_curve_of_one(tmp_path):
     """torchrun with two processes and gloo, against one process with the same global batch."""
-    options = [*TINY, *GAN, "--batch-size", "4", "--steps", "8"]
+    options = [*TINY, *GAN, "--batch-size", "4", "--steps", "8", "--adaptive-weight"]
     assert run(*options, "--out", tmp_path / "one") == 0
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"),
                            *options, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=150,
@@ -1789,7 +1789,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [r["step"] for r in two] == [r["step"] for r in one] == [str(i) for i in range(1, 9)]  # one writer
     for a, b in zip(one, two):
-        for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "d_loss"):
+        for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "d_loss", "adv_weight", "grad_ratio"):
             assert (a[name] == b[name] == "") or float(b[name]) == pytest.approx(float(a[name]), rel=2e-3, abs=1e-4), (a["step"], name)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000008.png"]
 

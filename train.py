@@ -875,8 +875,9 @@ class AutoencoderTask:
         """||grad L_adv|| / ||grad L_recon|| at the decoder's last layer, both unweighted (Fig. 7)."""
         # Paper: Fig. 7 can only be about the unweighted L_adv, for with the adaptive weight of Eq. 2 the
         # weighted ratio would be 1/2 by construction.
-        adv, recon = (torch.autograd.grad(terms[name], self.last_layer, retain_graph=True)[0].norm()
-                      for name in ("adv", "recon"))
+        gradients = (torch.autograd.grad(terms[name], self.last_layer, retain_graph=True)[0]
+                     for name in ("adv", "recon"))
+        adv, recon = (self.machine.average(gradient).norm() for gradient in gradients)
         return adv / recon.clamp_min(1e-12)
 
     @torch.no_grad()
