@@ -1371,7 +1371,8 @@ class NAFNetExtractor(nn.Module):
         self.out_layer = nn.Conv2d(channels, bands, 3, padding=1)
 
     def forward(self, x):
-        return self.out_layer(self.blocks(self.in_layer(x)))
+        x = self.in_layer(x)  # (B, channels, H, W), as the blocks keep it
+        return self.out_layer(self.blocks(x))
 
 
 class NAFBlock(nn.Module):
@@ -1435,8 +1436,8 @@ class ViTAggregator(nn.Module):
             raise ValueError(f"this model's ViT aggregator takes images of {8 * side}x{8 * side} alone (Table 20), "
                              f"got {8 * h}x{8 * w}")
         x = self.in_layer(x).flatten(2).transpose(1, 2) + self.positions  # (B, hw, width)
-        x = self.norm(self.blocks(x))
-        return self.out_layer(x.transpose(1, 2).reshape(B, -1, h, w))
+        x = self.norm(self.blocks(x)).transpose(1, 2).reshape(B, -1, h, w)  # (B, width, h, w)
+        return self.out_layer(x)
 
 
 class ViTBlock(nn.Module):

@@ -13,12 +13,12 @@ log.csv  (every logged value) and  reconstructions-STEP.png  (held-out images be
 
 From top to bottom:
 
-    1  Images            BuiltInImages (dead leaves), ImageFolder, load_image
+    1  Images            BuiltInImages (dead leaves), ImageFolder, TwoStages, load_image
     2  Looking           to_pixels, save_grid, psnr
     3  Around the step   what every training script needs: Machine, fit, ...
     4  Options           what every training script can be asked for: Options, complete, open_images, ...
     5  The step          AutoencoderTask: Eq. 1 and the discriminator
-    6  The two recipes   QUICK_START, PAPER and main
+    6  The two recipes   QUICK_START, PAPER, the options by table, what they build, and main
 """
 
 import argparse
