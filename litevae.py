@@ -1,20 +1,20 @@
 """LiteVAE in one file: a light autoencoder for latent diffusion (Sadat et al., NeurIPS 2024).
 
-An image is split by a Haar wavelet transform, three small UNets read one wavelet level each, a fourth
-UNet aggregates what they found into a latent 8 times smaller than the image, and the Stable Diffusion
-decoder turns the latent back into the image. From top to bottom:
+A Haar wavelet transform splits an image into three levels. A small UNet reads each level, and a fourth
+UNet aggregates their features into a latent 8 times smaller than the image. The Stable Diffusion decoder
+turns the latent back into an image. From top to bottom:
 
+    Part I: LiteVAE
     1  Haar wavelet transform     Sec. 3, App. G       HaarTransform
     2  Building blocks            Sec. 4.2, Eq. 3      SMC, ResBlock, ResBlockWithSMC, MidBlock2D, LiteVAEUNetBlock
     3  Encoder                    Fig. 1, Tabs. 23-24  LiteVAEEncoder
     4  Decoder                    Sec. 4.1             SDVAEDecoder
-    5  The autoencoder            App. G               DiagonalGaussianDistribution, LiteVAE
+    5  The autoencoder            App. G               DiagonalGaussianDistribution, Autoencoder, LiteVAE
     6  Losses                     Eq. 1, Sec. 4.3      one function each, autoencoder_loss, discriminator_loss, LPIPS
     7  Discriminator              Sec. 4.3             UNetDiscriminator
     8  Presets and checkpoints    App. F               PRESETS, save_checkpoint, load_checkpoint
 
-That is LiteVAE. Part II holds what the paper compares it with, each a flag of train.py, and can be cut off:
-
+    Part II: what the paper compares LiteVAE with. Part I does not use it and runs without it.
     9  Baselines                  Tabs. 2, 3, 11-13    SDVAE, released_sd_vae, DWTVAE
    10  Other encoder parts        Tabs. 18-21          LiteVAEVariant, NAFNetExtractor, ViTAggregator
    11  Other losses               Tabs. 8, 14-16       adaptive_weight, ESRGANPerceptual, ldl_loss, logistic_d_loss
@@ -26,11 +26,9 @@ B images, C channels, H x W pixels, h x w = H/8 x W/8 latent positions, nz laten
 Remarks carry one of three tags:  # Paper:  where a line comes from;  # Differs:  from the paper's
 pseudocode, and why;  # Unspecified:  the paper is silent, what was chosen here, and why.
 
-    python litevae.py        prints the sizes, their parameter counts and the shapes on the way, then Part II's sizes
+    python litevae.py        prints the four sizes with their parameter counts
 """
 
-import contextlib
-import math
 import os
 import warnings
 import zipfile
@@ -41,9 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ------------------------------------------------------------------------------------------------------
-# 1  Haar wavelet transform (Sec. 3, App. G)
-# ------------------------------------------------------------------------------------------------------
+# --- 1  Haar wavelet transform (Sec. 3, App. G) -------------------------------------------------------
 
 
 class HaarTransform(nn.Module):
@@ -57,8 +53,7 @@ class HaarTransform(nn.Module):
     transform only turns the four axes of each block, so it keeps the energy (the sum of squares). Bands
     are stacked band by band: channels [0, C) are L, [C, 2C) H, [2C, 3C) V, [3C, 4C) D.
 
-    Sums and differences of rows, then of columns: as fast as a stride-2 convolution (faster unless the
-    image is channels_last), and exact to float32 also where convolutions are allowed to round to TF32.
+    Sums and differences, not convolutions: exact in float32 also where convolutions may round to TF32.
     """
 
     # Differs: the pseudocode calls ptwt inside set_grad_enabled(False), which would cut the gradient of
@@ -79,14 +74,16 @@ class HaarTransform(nn.Module):
         if levels < 1 or x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
             raise ValueError(f"a {levels}-level Haar transform needs levels >= 1 and height and width that are "
                              f"multiples of {2**levels}, got an image of {x.shape[-2]}x{x.shape[-1]}")
-        low, bands = x if x.dtype == torch.float64 else x.float(), []
+        low = x if x.dtype == torch.float64 else x.float()
+        bands = []
         for _ in range(levels):
             top, bottom = low[..., 0::2, :] / 2, low[..., 1::2, :] / 2  # (B, C, H/2, W) each
             s, d = top + bottom, top - bottom
-            left, right = slice(0, None, 2), slice(1, None, 2)
-            low = s[..., left] + s[..., right]  # (B, C, H/2, W/2)
-            bands.append(torch.cat([low, d[..., left] + d[..., right],  # L, H
-                                    s[..., left] - s[..., right], d[..., left] - d[..., right]], dim=1))  # V, D
+            low = s[..., 0::2] + s[..., 1::2]  # (B, C, H/2, W/2), as the other three
+            h = d[..., 0::2] + d[..., 1::2]
+            v = s[..., 0::2] - s[..., 1::2]
+            diagonal = d[..., 0::2] - d[..., 1::2]
+            bands.append(torch.cat([low, h, v, diagonal], dim=1))
         return bands
 
     def idwt(self, w):
@@ -101,12 +98,7 @@ class HaarTransform(nn.Module):
         return self.idwt(x) if inverse else self.dwt(x)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 2  Building blocks (Sec. 4.2, Eq. 3, App. G)
-# ------------------------------------------------------------------------------------------------------
-# A trailing underscore marks what computes in place. Convolutions run at full speed already; what an
-# encoder loses beside them is passes over memory, and each one left out is time and memory won.
-
+# --- 2  Building blocks (Sec. 4.2, Eq. 3, App. G) -----------------------------------------------------
 
 class SMC(nn.Conv2d):
     """Self-modulated convolution (Eq. 3): a convolution that normalises its weight, not its input.
@@ -175,59 +167,45 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def silu_(x):
-    """SiLU of a tensor that nobody else holds: written over it, unless its gradient will be asked for."""
-    return F.silu(x, inplace=not x.requires_grad)
-
-
 class ResBlock(nn.Module):
     """Pre-activation residual block (App. G): (B, in, H, W) -> (B, out, H, W)."""
 
-    def __init__(self, in_channels, out_channels=None, dropout=0.0, use_conv=False, scale_factor=1.0):
+    # Differs: App. G's blocks also take dropout, a 3x3 skip connection and a divisor of the sum. Its models leave
+    # them at 0, off and 1.
+
+    def __init__(self, in_channels, out_channels=None):
         super().__init__()
         out_channels = out_channels or in_channels
         self.norm_in = group_norm(in_channels)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm_out = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
         self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip_connection = _skip_connection(in_channels, out_channels, use_conv)
-        self.scale_factor = scale_factor
+        self.skip_connection = skip_connection(in_channels, out_channels)
 
     def forward(self, x):
-        h = self.conv_in(silu_(self.norm_in(x)))  # (B, out, H, W)
-        h = self.conv_out(self.dropout(silu_(self.norm_out(h))))
-        return _residual(self.skip_connection(x), h, self.scale_factor)
+        h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out, H, W)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return self.skip_connection(x) + h
 
 
 class ResBlockWithSMC(nn.Module):
     """The same block with SMC in place of GroupNorm and convolution (App. G)."""
 
-    def __init__(self, in_channels, out_channels=None, dropout=0.0, use_conv=False, scale_factor=1.0):
+    def __init__(self, in_channels, out_channels=None):
         super().__init__()
         out_channels = out_channels or in_channels
         self.conv_in = SMC(in_channels, out_channels, 3)
-        self.dropout = nn.Dropout(dropout)
         self.conv_out = SMC(out_channels, out_channels, 3)
-        self.skip_connection = _skip_connection(in_channels, out_channels, use_conv)
-        self.scale_factor = scale_factor
+        self.skip_connection = skip_connection(in_channels, out_channels)
 
     def forward(self, x):
         h = self.conv_in(F.silu(x))  # (B, out, H, W)
-        h = self.conv_out(self.dropout(silu_(h)))
-        return _residual(self.skip_connection(x), h, self.scale_factor)
+        h = self.conv_out(F.silu(h))
+        return self.skip_connection(x) + h
 
 
-def _skip_connection(in_channels, out_channels, use_conv):
-    if in_channels == out_channels:
-        return nn.Identity()
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1) if use_conv else nn.Conv2d(in_channels, out_channels, 1)
-
-
-def _residual(x, h, scale_factor):
-    """(x + h) / scale_factor, written over h: a convolution's output, which its backward does not need."""
-    h += x
-    return h if scale_factor == 1 else h / scale_factor
+def skip_connection(in_channels, out_channels):
+    return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
 
 class MidBlock2D(nn.Module):
@@ -237,11 +215,11 @@ class MidBlock2D(nn.Module):
     # LiteVAE-B would have 6.74 M parameters and M 32.74 M; with GroupNorm they have the paper's 6.75 M
     # and 32.75 M.
 
-    def __init__(self, in_channels, out_channels, dropout=0.0, use_smc=False):
+    def __init__(self, in_channels, out_channels, use_smc=False):
         super().__init__()
         block = ResBlockWithSMC if use_smc else ResBlock
-        self.res0 = block(in_channels, out_channels, dropout)
-        self.res1 = block(out_channels, out_channels, dropout)
+        self.res0 = block(in_channels, out_channels)
+        self.res1 = block(out_channels, out_channels)
 
     def forward(self, x):
         return self.res1(self.res0(x))
@@ -262,7 +240,8 @@ class LiteVAEUNetBlock(nn.Module):
         block = ResBlockWithSMC if use_smc else ResBlock
         self.in_layer = nn.Conv2d(in_channels, model_channels, 3, padding=1)
 
-        channels, skips = model_channels, [model_channels]
+        channels = model_channels
+        skips = [channels]  # widths of what the decoder blocks will see again
         self.encoder_blocks = nn.ModuleList()
         for mult in ch_multiplies:
             for _ in range(num_res_blocks):
@@ -282,50 +261,40 @@ class LiteVAEUNetBlock(nn.Module):
 
     def forward(self, x):
         x = self.in_layer(x)  # (B, model_channels, H, W)
-        skip_features = []
+        skips = [x]
         for block in self.encoder_blocks:
             x = block(x)  # (B, model_channels * mult, H, W)
-            skip_features.append(x)
+            skips.append(x)
         x = self.mid_block(x)  # (B, model_channels * ch_multiplies[-1], H, W)
         for block in self.decoder_blocks:
-            x = torch.cat([x, skip_features.pop()], dim=1)  # in a line of its own, so that the parts are freed
-            x = block(x)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x)  # (B, model_channels * mult, H, W)
         return self.out_layer(x)  # (B, out_channels, H, W)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 3  Encoder (Fig. 1, Tables 23 and 24)
-# ------------------------------------------------------------------------------------------------------
+# --- 3  Encoder (Fig. 1, Tables 23 and 24) ------------------------------------------------------------
 
 
 class LiteVAEEncoder(nn.Module):
     """Image to the parameters of the posterior (Fig. 1, left half): (B, 3, H, W) -> (B, 2 nz, h, w).
 
-    `extractor` and `aggregator` are (model_channels, ch_multiplies), as in PRESETS.
+    extractors   three networks, for levels 1, 2 and 3: (B, 12, H', W') -> (B, 12, H', W')
+    aggregator   one network: (B, 36, h, w) -> (B, 2 nz, h, w)
     """
 
-    def __init__(self, latent_dim=4, extractor=(32, (1, 2, 3)), aggregator=(32, (1, 2, 3))):
+    # Differs: the pseudocode runs level 2 through level 1's extractor; the parameter counts have room for three.
+
+    def __init__(self, extractors, aggregator):
         super().__init__()
-        bands = 12  # L, H, V, D of three colours
         self.wavelet_fn = HaarTransform()
-        # Differs: the pseudocode runs level 2 through level 1's extractor; the counts have room for three.
-        self.feature_extractor_L1 = LiteVAEUNetBlock(bands, bands, *extractor)
-        self.feature_extractor_L2 = LiteVAEUNetBlock(bands, bands, *extractor)
-        self.feature_extractor_L3 = LiteVAEUNetBlock(bands, bands, *extractor)
+        self.feature_extractor_L1, self.feature_extractor_L2, self.feature_extractor_L3 = extractors
         # Unspecified: Downsample2D. The paper's parameter counts leave none for it: average pooling.
         self.downsample_block_L1 = nn.AvgPool2d(4)
         self.downsample_block_L2 = nn.AvgPool2d(2)
-        self.feature_aggregator = LiteVAEUNetBlock(3 * bands, 2 * latent_dim, *aggregator)
+        self.feature_aggregator = aggregator
 
     def forward(self, image):
-        if image.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The feature maps of 256x256 pixels stay in a CPU's cache, those of a batch do not.
-            few = max(1, 2**16 // image.shape[2:].numel())
-            if len(image) > few:
-                return torch.cat([self.forward(part) for part in image.split(few)])
-        # Dividing level l by 2^l brings its L band to the mean of 2^l x 2^l pixels, so to [-1, 1].
-        dtype = self.feature_aggregator.in_layer.weight.dtype
-        dwt_L1, dwt_L2, dwt_L3 = ((w / 2**l).to(dtype) for l, w in enumerate(self.wavelet_fn.cascade(image), 1))
+        dwt_L1, dwt_L2, dwt_L3 = self.wavelets(image)
         features = torch.cat([
             self.downsample_block_L1(self.feature_extractor_L1(dwt_L1)),  # (B, 12, H/2, W/2) -> (B, 12, h, w)
             self.downsample_block_L2(self.feature_extractor_L2(dwt_L2)),  # (B, 12, H/4, W/4) -> (B, 12, h, w)
@@ -333,10 +302,21 @@ class LiteVAEEncoder(nn.Module):
         ], dim=1)  # (B, 36, h, w)
         return self.feature_aggregator(features)  # (B, 2 nz, h, w): mean and log-variance
 
+    def wavelets(self, image):
+        """The three levels, each divided by 2^level: its L band is then a mean of pixels, so in [-1, 1]."""
+        dtype = self.feature_aggregator.in_layer.weight.dtype
+        return [(w / 2**level).to(dtype) for level, w in enumerate(self.wavelet_fn.cascade(image), 1)]
 
-# ------------------------------------------------------------------------------------------------------
-# 4  Decoder (Sec. 4.1: "the same decoder network as in SD-VAE")
-# ------------------------------------------------------------------------------------------------------
+
+def build_encoder(size="B", latent_dim=4):
+    """LiteVAE's encoder of one of the PRESETS (Tables 23 and 24)."""
+    extractor, aggregator = PRESETS[size]["extractor"], PRESETS[size]["aggregator"]
+    bands = 12  # L, H, V, D of three colours
+    return LiteVAEEncoder([LiteVAEUNetBlock(bands, bands, *extractor) for _ in range(3)],
+                          LiteVAEUNetBlock(3 * bands, 2 * latent_dim, *aggregator))
+
+
+# --- 4  Decoder (Sec. 4.1: "the same decoder network as in SD-VAE") -----------------------------------
 # Names are those of the released Stable Diffusion checkpoints, so that their `decoder.` tensors load here
 # with strict=True.
 
@@ -357,7 +337,7 @@ class SDResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = sd_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = _skip_connection(in_channels, out_channels, use_conv=False)
+        self.nin_shortcut = skip_connection(in_channels, out_channels)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
@@ -389,9 +369,10 @@ class SDAttnBlock(nn.Module):
     def forward(self, x):
         B, C, h, w = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B, 1, hw, C)
+        q, k, v = [f(y).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v)]  # (B, 1, hw, C)
         if self.use_smc:
-            q, k = (F.rms_norm(a, (C,)).to(v.dtype) for a in (q, k))
+            q = F.rms_norm(q, (C,)).to(v.dtype)
+            k = F.rms_norm(k, (C,)).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, hw, C)
         return x + self.proj_out(y.squeeze(1).transpose(1, 2).reshape(B, C, h, w))
 
@@ -443,9 +424,7 @@ class SDVAEDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, sh, sw)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 5  The autoencoder (App. G)
-# ------------------------------------------------------------------------------------------------------
+# --- 5  The autoencoder (App. G) ----------------------------------------------------------------------
 
 
 class DiagonalGaussianDistribution:
@@ -463,9 +442,9 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None, noise=None):
-        """A draw, (B, nz, h, w); from `noise` (standard normal, same shape) where it is given."""
+        """A sample, (B, nz, h, w); from `noise` (standard normal, same shape) where it is given."""
         if noise is None:
-            # Drawn where the generator lives, so that a CPU generator gives the same latents on any device.
+            # Made where the generator lives, so that a CPU generator gives the same latents on any device.
             device = self.mean.device if generator is None else generator.device
             noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return (self.mean + self.std * noise.to(self.mean)).to(self.dtype)
@@ -512,53 +491,38 @@ class Config(dict):
         self[name] = value
 
 
-class LiteVAE(nn.Module):
-    """LiteVAE (App. G): wavelet encoder, Gaussian latent, Stable Diffusion decoder.
+class Autoencoder(nn.Module):
+    """An encoder, a Gaussian latent and a decoder (App. G), with the interface of diffusers' AutoencoderKL.
 
-    size            "S", "B", "M" or "L": the encoder, see PRESETS (Tables 23 and 24)
-    latent_dim      nz, channels of the latent; the paper uses 4 and 12
-    decoder_channels  the decoder's width at full resolution; 128 is Stable Diffusion's
-    use_smc         SMC instead of GroupNorm in the decoder (Sec. 4.2, Table 4)
-    output_type     "image", or "wavelet": the decoder predicts level-1 bands at half the resolution and
-                    the inverse transform, which is exact and free, does the last doubling
-    use_1x1_conv    1x1 convolutions around the latent (App. D.2; Table 17 finds them harmful)
-    scaling_factor  what diffusion multiplies latents by to bring them to unit variance; train.py measures it
-
-    Images are (B, 3, H, W) in [-1, 1] with H and W multiples of 8; latents are (B, nz, H/8, W/8).
+    Images are (B, 3, H, W) in [-1, 1] with H and W multiples of 8; latents are (B, nz, H/8, W/8). A subclass
+    builds the parts, among them `pre_conv` and `post_conv` around the latent, and fills the config.
     """
 
     posterior = DiagonalGaussianDistribution
 
-    def __init__(self, size="B", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
-                 use_1x1_conv=False, scaling_factor=1.0):
+    def __init__(self, encoder, decoder, config):
         super().__init__()
-        if size not in PRESETS:
-            raise ValueError(f"size must be one of {', '.join(PRESETS)}, got {size!r}")
-        _check_arguments(latent_dim, decoder_channels, output_type)
-        self.config = Config(size=size, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
-                             output_type=output_type, use_1x1_conv=use_1x1_conv, scaling_factor=scaling_factor)
+        self.encoder, self.decoder = encoder, decoder
+        self.wavelet_fn = HaarTransform()
+        self.config = config
 
-        self.encoder = LiteVAEEncoder(latent_dim, PRESETS[size]["extractor"], PRESETS[size]["aggregator"])
-        self.wavelet_fn = self.encoder.wavelet_fn
-        self.decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        self.pre_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1) if use_1x1_conv else nn.Identity()
-        self.post_conv = nn.Conv2d(latent_dim, latent_dim, 1) if use_1x1_conv else nn.Identity()
-        self.apply(_initialise)
-        # Photographs' wavelets are small: with this factor the means start with a std of about 1/2.
-        _initialise_posterior(self.pre_conv if use_1x1_conv else self.encoder.feature_aggregator.out_layer, 4.0)
+    def forward(self, image, sample=True, noise=None):
+        """Encode, sample (or with sample=False take the mean), decode: a LiteVAEOutput.
+
+        `noise`, (B, nz, h, w), is the standard normal to sample with; without it new noise is made.
+        """
+        latent_dist = self.encode(image).latent_dist
+        latent = latent_dist.sample(noise=noise) if sample else latent_dist.mode()  # (B, nz, h, w)
+        reconstruction, wavelet = self.decode(latent)  # (B, 3, H, W), (B, 12, H/2, W/2)
+        return LiteVAEOutput(reconstruction, wavelet, latent, latent_dist.kl().mean(), latent_dist)
 
     def encode(self, image, return_dict=True):
         """(B, 3, H, W) in [-1, 1] -> named tuple with `.latent_dist`, a DiagonalGaussianDistribution.
 
-        ValueError for another shape or for integer pixels. `return_dict` is diffusers': a named tuple is
-        right for both its values.
+        ValueError for another shape or for integer pixels. `return_dict` is accepted for diffusers compatibility
+        and ignored.
         """
-        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 8 or image.shape[3] % 8 or 0 in image.shape:
-            raise ValueError("LiteVAE takes images of shape (B, 3, H, W) with H and W multiples of 8 and values in "
-                             f"[-1, 1], got shape {tuple(image.shape)}")
-        if not image.is_floating_point():
-            raise ValueError(f"LiteVAE takes floating-point images in [-1, 1], got {image.dtype}: "
-                             "convert 0..255 with image.float() / 127.5 - 1")
+        check_image(image)
         moments = self.pre_conv(self.encoder(image))  # (B, 2 nz, h, w)
         # Under autocast the moments arrive in bf16; the latent goes on in the weights' own precision.
         return EncoderOutput(self.posterior(moments.to(self.dtype)))
@@ -566,11 +530,10 @@ class LiteVAE(nn.Module):
     def decode(self, latent, return_dict=True, generator=None):
         """(B, nz, h, w) -> named tuple with `.sample`, (B, 3, 8h, 8w), and `.wavelet`, (B, 12, 4h, 4w).
 
-        `return_dict` and `generator` are diffusers': a named tuple is right for both values of the first,
-        and decoding draws nothing.
+        `return_dict` and `generator` are accepted for diffusers compatibility and ignored.
         """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_dim:
-            raise ValueError(f"this LiteVAE decodes latents of shape (B, {self.config.latent_dim}, h, w), "
+            raise ValueError(f"this model decodes latents of shape (B, {self.config.latent_dim}, h, w), "
                              f"got {tuple(latent.shape)}")
         out = self.decoder(self.post_conv(latent.to(self.dtype)))
         if self.config.output_type == "image":
@@ -581,47 +544,22 @@ class LiteVAE(nn.Module):
             image = self.wavelet_fn.idwt(wavelet * 2)
         return DecoderOutput(image, wavelet)
 
-    def forward(self, image, sample=True, noise=None):
-        """Encode, draw (or with sample=False take the mean), decode: a LiteVAEOutput.
+    @staticmethod
+    def from_checkpoint(checkpoint, device="cpu", ema=True):
+        """The autoencoder of a file, or of what load_checkpoint returned, in eval mode: whichever of MODELS it is.
 
-        `noise` replaces the draw's standard normal, (B, nz, h, w).
+        `ema` picks the EMA weights where there are any. FileNotFoundError if there is no such file, CheckpointError
+        if it is damaged, holds no autoencoder, or other weights than its config describes.
         """
-        latent_dist = self.encode(image).latent_dist
-        latent = latent_dist.sample(noise=noise) if sample else latent_dist.mode()
-        reconstruction, wavelet = self.decode(latent)
-        return LiteVAEOutput(reconstruction, wavelet, latent, latent_dist.kl().mean(), latent_dist)
-
-    @classmethod
-    def from_checkpoint(cls, path, device="cpu", ema=True):
-        """The autoencoder stored in `path` by save_checkpoint, whichever of MODELS it is, in eval mode.
-
-        `ema` picks the averaged weights where the file has them. ValueError if the file is damaged or is
-        no such checkpoint; FileNotFoundError if it is not there.
-        """
-        checkpoint = load_checkpoint(path)
-        try:
-            vae = cls.from_state(checkpoint, ema)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the weights in {path} are not those of the model it describes "
-                             f"({_one_line(error)})") from None
-        return vae.to(device).eval()
-
-    @classmethod
-    def from_state(cls, checkpoint, ema=True):
-        """The autoencoder in a dict that holds its "config" and "model" (and "ema"), as load_checkpoint's does."""
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint(checkpoint)
+        weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["model"]
         config = checkpoint["config"]
-        vae = MODELS[config.get("model", "litevae")](**config)
-        vae.load_state_dict(checkpoint.get("ema", checkpoint["model"]) if ema else checkpoint["model"])
-        return vae
+        return load_weights(lambda: MODELS[config.get("model", "litevae")](**config), weights).to(device).eval()
 
     def fuse(self):
         """Fold every SMC into a plain convolution, in place, for inference; returns self. Same output."""
         return fuse_smc(self)
-
-    @property
-    def name(self):
-        """How it is called in print: LiteVAE-B."""
-        return f"LiteVAE-{self.config.size}"
 
     @property
     def dtype(self):
@@ -632,20 +570,62 @@ class LiteVAE(nn.Module):
         return self.decoder.conv_in.weight.device
 
 
+class LiteVAE(Autoencoder):
+    """LiteVAE (App. G): wavelet encoder, Gaussian latent, Stable Diffusion decoder.
+
+    size              "S", "B", "M" or "L": the encoder, see PRESETS (Tables 23 and 24)
+    latent_dim        nz, channels of the latent; the paper uses 4 and 12
+    decoder_channels  the decoder's width at full resolution; 128 is Stable Diffusion's
+    use_smc           SMC instead of GroupNorm in the decoder (Sec. 4.2, Table 4)
+    output_type       "image", or "wavelet": the decoder predicts level-1 bands at half the resolution, and the
+                      inverse transform, which is exact, does the last doubling
+    use_1x1_conv      1x1 convolutions around the latent (App. D.2; Table 17 finds them harmful)
+    scaling_factor    what diffusion multiplies latents by to bring them to unit variance; train.py measures it
+    build_encoder     a function of size and latent_dim; Part II passes others
+    """
+
+    def __init__(self, size="B", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
+                 use_1x1_conv=False, scaling_factor=1.0, build_encoder=build_encoder):
+        if size not in PRESETS:
+            raise ValueError(f"size must be one of {', '.join(PRESETS)}, got {size!r}")
+        # The decoder first, so that one seed gives it the same start behind every encoder.
+        decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
+        encoder = build_encoder(size, latent_dim).apply(initialise)
+        super().__init__(encoder, decoder, Config(
+            size=size, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
+            output_type=output_type, use_1x1_conv=use_1x1_conv, scaling_factor=scaling_factor))
+        conv = nn.Conv2d if use_1x1_conv else nn.Identity  # nn.Identity ignores its arguments
+        self.pre_conv = conv(2 * latent_dim, 2 * latent_dim, 1).apply(initialise)
+        self.post_conv = conv(latent_dim, latent_dim, 1).apply(initialise)
+        # Photographs' wavelets are small: with this gain the means start with a std of about 1/2.
+        initialise_posterior(self.pre_conv if use_1x1_conv else encoder.feature_aggregator.out_layer, gain=4.0)
+
+    @property
+    def name(self):
+        """How it is called in print: LiteVAE-B."""
+        return f"LiteVAE-{self.config.size}"
+
+
+def check_image(image):
+    """ValueError unless `image` is a floating-point (B, 3, H, W) with H and W multiples of 8."""
+    if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 8 or image.shape[3] % 8 or 0 in image.shape:
+        raise ValueError("LiteVAE takes images of shape (B, 3, H, W) with H and W multiples of 8 and values in "
+                         f"[-1, 1], got shape {tuple(image.shape)}")
+    if not image.is_floating_point():
+        raise ValueError(f"LiteVAE takes floating-point images in [-1, 1], got {image.dtype}: "
+                         "convert 0..255 with image.float() / 127.5 - 1")
+
+
 def build_decoder(latent_dim, channels, use_smc, output_type):
     """Stable Diffusion's decoder for an image, (B, nz, h, w) -> (B, 3, H, W), or for wavelets, -> (B, 12, H/2, W/2)."""
-    if output_type == "image":
-        return SDVAEDecoder(latent_dim, channels, 3, (1, 2, 4, 4), use_smc=use_smc)
-    # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since the 12
-    # bands live at half the resolution.
-    return SDVAEDecoder(latent_dim, channels, 12, (2, 4, 4), use_smc=use_smc)
-
-
-def _check_arguments(latent_dim, decoder_channels, output_type):
     if output_type not in ("image", "wavelet"):
         raise ValueError(f'output_type must be "image" or "wavelet", got {output_type!r}')
-    if latent_dim < 1 or decoder_channels < 1:
-        raise ValueError(f"latent_dim and decoder_channels must be 1 or more, got {latent_dim}, {decoder_channels}")
+    if latent_dim < 1 or channels < 1:
+        raise ValueError(f"latent_dim and decoder_channels must be 1 or more, got {latent_dim}, {channels}")
+    # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since the 12
+    # bands live at half the resolution.
+    out_channels, ch_mult = (3, (1, 2, 4, 4)) if output_type == "image" else (12, (2, 4, 4))
+    return SDVAEDecoder(latent_dim, channels, out_channels, ch_mult, use_smc=use_smc).apply(initialise)
 
 
 # Unspecified: initialisation. With PyTorch's defaults each convolution shrinks its input's variance to a
@@ -654,7 +634,7 @@ def _check_arguments(latent_dim, decoder_channels, output_type):
 
 
 @torch.no_grad()
-def _initialise(module):
+def initialise(module):
     """Convolutions keep the variance of their input; residual branches start at zero, as in ADM's code."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -667,17 +647,15 @@ def _initialise(module):
 
 
 @torch.no_grad()
-def _initialise_posterior(conv, factor):
-    """Means `factor` times as large, and a posterior std of e^-3 = 0.05 everywhere."""
+def initialise_posterior(conv, gain):
+    """Means `gain` times as large, and a posterior std of e^-3 = 0.05 everywhere."""
     mean, logvar = conv.weight.chunk(2)
-    mean.mul_(factor)
+    mean.mul_(gain)
     logvar.zero_()
     conv.bias.chunk(2)[1].fill_(-6.0)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 6  Losses (Eq. 1, Sec. 4.3)
-# ------------------------------------------------------------------------------------------------------
+# --- 6  Losses (Eq. 1, Sec. 4.3) ----------------------------------------------------------------------
 # All are computed in at least float32 and averaged over everything they are summed over, so that no
 # weight depends on batch size or resolution. Images are (B, 3, H, W) in [-1, 1].
 
@@ -694,7 +672,7 @@ LOSS_WEIGHTS = {
 
 def l1_loss(x_hat, x):
     """Mean absolute error, a part of L_recon (Sec. 3): two (B, 3, H, W) -> ()."""
-    return (_at_least_float32(x_hat) - _at_least_float32(x)).abs().mean()
+    return (at_least_float32(x_hat) - at_least_float32(x)).abs().mean()
 
 
 def wavelet_loss(w_hat, w, eps=1e-3):
@@ -705,7 +683,7 @@ def wavelet_loss(w_hat, w, eps=1e-3):
     # Paper: only the high-frequency bands; L1 on the pixels already covers the low one.
     # Unspecified: eps. 1e-3 is the usual value: an eighth of one grey level, below it the loss is a parabola.
     detail = w.shape[1] // 4
-    d = _at_least_float32(w_hat)[:, detail:] - _at_least_float32(w)[:, detail:]  # (B, 9, H/2, W/2)
+    d = at_least_float32(w_hat)[:, detail:] - at_least_float32(w)[:, detail:]  # (B, 9, H/2, W/2)
     return (d.square() + eps**2).sqrt().mean()
 
 
@@ -713,7 +691,7 @@ def gaussian_loss(x_hat, x, kernel_size=5, sigma=1.0):
     """L1 between x - h(x) and x_hat - h(x_hat) for a Gaussian blur h (Sec. 4.3): two (B, 3, H, W) -> ()."""
     # Unspecified: size and sigma. x - h(x) for sigma 1 keeps waves shorter than about 5 pixels, of which the
     # level-1 bands, on 2x2 blocks, see only a part; five taps hold 99 % of that Gaussian's mass.
-    d = _at_least_float32(x_hat) - _at_least_float32(x)  # blurring is linear: one blur of the difference serves both
+    d = at_least_float32(x_hat) - at_least_float32(x)  # blurring is linear: one blur of the difference serves both
     return (d - gaussian_blur(d, kernel_size, sigma)).abs().mean()
 
 
@@ -722,7 +700,7 @@ def gaussian_blur(x, kernel_size=5, sigma=1.0):
     C, half = x.shape[1], kernel_size // 2
     taps = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=x.device, dtype=x.dtype) / sigma) ** 2)
     taps = (taps / taps.sum()).expand(C, 1, 1, -1)  # (C, 1, 1, k)
-    with _autocast_off(x):
+    with autocast_off(x):
         x = F.pad(x, (half, half, half, half), mode="replicate")
         x = F.conv2d(x, taps, groups=C)  # along W
         return F.conv2d(x, taps.transpose(2, 3), groups=C)  # along H
@@ -739,24 +717,22 @@ def kl_loss(latent_dist, image):
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance of the `lpips` package: two (B, 3, H, W) in [-1, 1] -> (B,).
+    """Learned perceptual distance of the `lpips` package, in float32: two (B, 3, H, W) in [-1, 1] -> (B,).
 
-    Frozen, always in eval mode, in float32. The package brings its linear layers; the trunk, torchvision's VGG-16
-    (or `net` "alex", "squeeze"), is looked for in torch's hub cache, else downloaded. FileNotFoundError if
-    neither works.
+    `net` is "vgg", "alex" or "squeeze". The package brings the linear layers, load_features the network's weights:
+    FileNotFoundError if they cannot be had.
     """
 
-    trunks = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
+    files = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
     def __init__(self, net="vgg"):
         super().__init__()
         import lpips  # only here: nothing else in this file needs more than torch
 
-        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision with an argument it deprecates
             self.net = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        # slice1, slice2, ...: the package numbers their layers as torchvision's `features` does.
-        load_torchvision_features(self.net.net.children(), self.trunks[net], "LPIPS")
+        load_features(self.net.net.children(), self.files[net])
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -765,20 +741,20 @@ class LPIPS(nn.Module):
     def forward(self, x_hat, x):
         # Differs: lpips divides features by sqrt(sum f^2) + eps, whose gradient is NaN where the squares of
         # a position's features all vanish, as on flat images they may. Here eps stands under the root.
-        with _autocast_off(x):
-            total = 0.0
-            features = (self.net.net(self.net.scaling_layer(_at_least_float32(a))) for a in (x_hat, x))
-            for f_hat, f, lin in zip(*features, self.net.lins):  # (B, C_l, H_l, W_l); VGG: five layers
-                f_hat, f = (a * (a.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt() for a in (f_hat, f))
-                total = total + lin((f_hat - f).square()).mean(dim=(1, 2, 3))  # (B,)
-            return total
+        unit = lambda f: f * (f.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt()  # noqa: E731
+        with autocast_off(x):
+            features_hat = self.net.net(self.net.scaling_layer(at_least_float32(x_hat)))
+            features = self.net.net(self.net.scaling_layer(at_least_float32(x)))
+            distance = 0.0
+            for f_hat, f, lin in zip(features_hat, features, self.net.lins):  # (B, C_l, H_l, W_l); VGG: five layers
+                distance = distance + lin((unit(f_hat) - unit(f)).square()).mean(dim=(1, 2, 3))  # (B,)
+            return distance
 
 
-def load_torchvision_features(modules, file, who):
-    """Load the `features.` tensors of a torchvision model into modules whose layers bear its numbers.
+def load_features(modules, file):
+    """Load the `features.` tensors of torchvision's `file` into modules whose layers bear torchvision's numbers.
 
-    `file` is looked for in torch's hub cache, else downloaded. FileNotFoundError, which names it and `who`
-    needs it, if neither works.
+    The file is looked for in torch's hub cache, else downloaded. FileNotFoundError, which names it, if neither works.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
     url = f"https://download.pytorch.org/models/{file}"
@@ -790,18 +766,18 @@ def load_torchvision_features(modules, file, who):
         for module in modules:
             module.load_state_dict({name: tensors[f"features.{name}"] for name in module.state_dict()})
     except Exception as error:
-        raise FileNotFoundError(f"{who} needs the weights {url}: put the file at {path} "
-                                f"(loading it failed with: {_one_line(error)})") from None
+        raise FileNotFoundError(f"the perceptual loss needs the weights {url}: put the file at {path} "
+                                f"(loading it failed: {one_line(error)})") from None
 
 
 def hinge_d_loss(real, fake):
     """Hinge loss of the discriminator: max(0, 1 - real) + max(0, 1 + fake), averaged: two logits -> ()."""
-    return F.relu(1.0 - _at_least_float32(real)).mean() + F.relu(1.0 + _at_least_float32(fake)).mean()
+    return F.relu(1.0 - at_least_float32(real)).mean() + F.relu(1.0 + at_least_float32(fake)).mean()
 
 
 def hinge_g_loss(fake):
     """Hinge loss of the generator: -fake, averaged: logits -> ()."""
-    return -_at_least_float32(fake).mean()
+    return -at_least_float32(fake).mean()
 
 
 def discriminator_loss(real_logits, fake_logits, d_loss=hinge_d_loss):
@@ -837,17 +813,15 @@ def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_
     return total, {**terms, "recon": recon}
 
 
-def _at_least_float32(x):
+def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _autocast_off(x):
+def autocast_off(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 7  Discriminator (Sec. 4.3)
-# ------------------------------------------------------------------------------------------------------
+# --- 7  Discriminator (Sec. 4.3) ----------------------------------------------------------------------
 
 
 class UNetDiscriminator(nn.Module):
@@ -865,11 +839,11 @@ class UNetDiscriminator(nn.Module):
         super().__init__()
         widths = [channels * m for m in ch_multiplies]
         self.down = nn.ModuleList(DiscriminatorBlock(i, o) for i, o in zip([3] + widths, widths))
-        self.to_global = _spectral_norm(nn.Linear(widths[-1], 1))
+        self.to_global = spectral_norm(nn.Linear(widths[-1], 1))
         self.up = nn.ModuleList()
         for i, o in zip(reversed(widths), list(reversed(widths[:-1])) + [channels]):
             self.up.append(DiscriminatorBlock(i if not self.up else 2 * i, o))  # doubled by the skip
-        self.to_pixel = _spectral_norm(nn.Conv2d(channels, 1, 1))
+        self.to_pixel = spectral_norm(nn.Conv2d(channels, 1, 1))
 
     def forward(self, x):
         sizes, features = [], []
@@ -892,23 +866,21 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.conv_in = _spectral_norm(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        self.conv_out = _spectral_norm(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_in = spectral_norm(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.conv_out = spectral_norm(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip_connection = nn.Identity() if in_channels == out_channels else \
-            _spectral_norm(nn.Conv2d(in_channels, out_channels, 1))
+            spectral_norm(nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, x):
         h = x if x.shape[1] == 3 else F.leaky_relu(x, 0.2)  # pixels go in as they are
         return self.skip_connection(x) + self.conv_out(F.leaky_relu(self.conv_in(h), 0.2))
 
 
-def _spectral_norm(module):
+def spectral_norm(module):
     return nn.utils.parametrizations.spectral_norm(module)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 8  Presets and checkpoints (App. F)
-# ------------------------------------------------------------------------------------------------------
+# --- 8  Presets and checkpoints (App. F) --------------------------------------------------------------
 
 # Paper: Tables 23 and 24, (model_channels, ch_multiplies) of the three extractors and of the aggregator.
 # `params` counts the encoder at latent_dim=4; the paper prints 1.03 M, 6.75 M, 32.75 M, 41.42 M (Tables 2, 3).
@@ -922,15 +894,19 @@ PRESETS = {
 CHECKPOINT_FORMAT = "litevae-1"
 
 # What a checkpoint's config may name as its "model", and functions that make a checkpoint of another project's
-# file (or return None). Part II enters more.
+# file (or return None). Part II registers more.
 MODELS = {"litevae": LiteVAE}
 IMPORTERS = []
 
 
-def save_checkpoint(path, vae, ema=None, **extra):
-    """Write `vae` (a LiteVAE) and `extra` to `path`: tensors, numbers, strings, lists and dicts of them only.
+class CheckpointError(ValueError):
+    """A file that is damaged, or no checkpoint of the kind that was asked for. One sentence."""
 
-    `ema` is a LiteVAE that holds averaged weights. ValueError for a fused model, whose SMC parameters are gone.
+
+def save_checkpoint(path, vae, ema=None, **extra):
+    """Write `vae` (an Autoencoder) and `extra` to `path`: tensors, numbers, strings, lists and dicts of them only.
+
+    `ema` is the same model with the EMA weights. ValueError for a fused model, whose SMC parameters are gone.
     """
     if vae.config.use_smc and not any(isinstance(m, SMC) for m in vae.modules()):
         raise ValueError("this model's SMCs were fused for inference: save it before calling fuse()")
@@ -953,74 +929,63 @@ def write_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, format=CHECKPOINT_FORMAT):
-    """The dict that was written to `path`, on the CPU. FileNotFoundError or ValueError, in one sentence.
+    """The dict that was written to `path`, on the CPU; or what an importer makes of another project's file.
 
-    ValueError if the file is damaged, or holds a checkpoint of another format than `format` that no importer knows.
+    FileNotFoundError if there is no such file, CheckpointError if it is damaged or no checkpoint of this `format`.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        return _load_own(path, format)
-    except ValueError:
-        for importer in IMPORTERS if format == CHECKPOINT_FORMAT else ():
-            checkpoint = importer(path)
-            if checkpoint is not None:
-                return checkpoint
-        raise
-
-
-def _load_own(path, format):
-    try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch.load does not look at the archive's checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if broken is None else None
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or it is damaged ({_one_line(error)})") from None
-    if broken is not None:
-        raise ValueError(f"{path} is damaged: the checksum of {broken} is wrong")
-    held = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if held != format:
-        raise ValueError(f"{path} is no LiteVAE checkpoint of format {format}" + (f" but of {held}" if held else ""))
-    return checkpoint
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] == format:
+            return checkpoint
+        problem = f"its format is {checkpoint['format']}"
+    except Exception as error:  # zipfile and torch raise a dozen kinds for a dozen kinds of damage
+        problem = one_line(error)
+    for importer in IMPORTERS if format == CHECKPOINT_FORMAT else ():
+        checkpoint = importer(path)
+        if checkpoint is not None:
+            return checkpoint
+    raise CheckpointError(f"{path} is no {format} checkpoint, or it is damaged ({problem})")
 
 
-def _one_line(error):
+def load_weights(build, weights):
+    """The module that build() makes of a checkpoint's config, with `weights`, a state dict, in it.
+
+    CheckpointError, which names the first tensor that does not fit, if the two do not belong together.
+    """
+    try:
+        module = build()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint describes no model of this program ({one_line(error)})") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise CheckpointError(f"the weights are not those of the model that the checkpoint describes: {name} has "
+                                  f"shape {found.get(name)}, the model wants {expected.get(name)}")
+    module.load_state_dict(weights)
+    return module
+
+
+def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def main():
-    """Print each size's parameter count beside the paper's, and the shapes an image goes through."""
+    """Print each size's parameter count beside the paper's."""
     paper = {"S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-
-    with torch.device("meta"):  # shapes without numbers: nothing is allocated or computed
-        print("encoder     extractor (3x)     aggregator         parameters    paper (Tables 2, 3)")
-        for size, preset in PRESETS.items():
-            encoder = LiteVAEEncoder(4, preset["extractor"], preset["aggregator"])
-            print(f"LiteVAE-{size}   {str(preset['extractor']):17}  {str(preset['aggregator']):15} "
-                  f"{count(encoder):13,}    {paper[size]:>7}")
-        print(f"SD decoder  128, (1, 2, 4, 4)                    {count(SDVAEDecoder()):12,}\n")
-
-        vae, image = LiteVAE("B"), torch.empty(1, 3, 256, 256)
-        enc, dec = vae.encoder, vae.decoder
-        stages = [("extractor, level 1", enc.feature_extractor_L1), ("  pooled by 4", enc.downsample_block_L1),
-                  ("extractor, level 2", enc.feature_extractor_L2), ("  pooled by 2", enc.downsample_block_L2),
-                  ("extractor, level 3", enc.feature_extractor_L3), ("aggregator", enc.feature_aggregator),
-                  ("decoder, middle", dec.mid.block_2),
-                  *((f"decoder, up.{i}", dec.up[i].block[-1]) for i in (3, 2, 1, 0))]
-        shapes = {}
-        for name, module in stages:
-            module.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: out.shape}))
-        shapes["image"] = image.shape
-        for level, w in enumerate(vae.wavelet_fn.cascade(image), 1):
-            shapes[f"wavelets, level {level}"] = w.shape
-        latent = vae.encode(image).latent_dist.sample()
-        shapes["latent"] = latent.shape
-        shapes["reconstruction"] = vae.decode(latent).sample.shape
-    print("One image through LiteVAE-B:")
-    for name, shape in shapes.items():
-        print(f"  {name:20} {tuple(shape)}")
+    print("encoder     extractor (3x)     aggregator         parameters    paper (Tables 2, 3)")
+    for size, preset in PRESETS.items():
+        with torch.device("meta"):  # nothing is allocated
+            count = sum(p.numel() for p in build_encoder(size).parameters())
+        extractor, aggregator = str(preset["extractor"]), str(preset["aggregator"])
+        print(f"LiteVAE-{size}   {extractor:17}  {aggregator:15} {count:13,}    {paper[size]:>7}")
 
 
 if __name__ == "__main__":
@@ -1032,13 +997,13 @@ if __name__ == "__main__":
 # ======================================================================================================
 # Each is a flag of train.py and trains; the README has a row for each table, with the commands.
 
-import json  # noqa: E402  Part I needs neither
-import re    # noqa: E402
+import functools  # noqa: E402  Part I needs none of these
+import json       # noqa: E402
+import math       # noqa: E402
+import re         # noqa: E402
 
 
-# ------------------------------------------------------------------------------------------------------
-# 9  Baselines (Tables 2, 3, 11 to 13)
-# ------------------------------------------------------------------------------------------------------
+# --- 9  Baselines (Tables 2, 3, 11 to 13) -------------------------------------------------------------
 
 
 class SDVAEEncoder(nn.Module):
@@ -1082,16 +1047,16 @@ class SDVAEEncoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 latent_dim, h, w)
 
 
-# Unspecified: the layout of VAE-Small, of which the paper gives the 6.75 M parameters alone. A narrower Stable
-# Diffusion encoder has them at no width; this one also grows more evenly. `params` counts at latent_dim=4.
+# Unspecified: the layout of VAE-Small, of which the paper gives the 6.75 M parameters alone. No width of
+# (1, 2, 4, 4) gives 6.75 M; width 56 with (2, 3, 3, 4) does. `params` counts at latent_dim=4.
 SD_ENCODERS = {
     "sd-vae": {"channels": 128, "ch_mult": (1, 2, 4, 4), "params": 34_163_592},
     "vae-small": {"channels": 56, "ch_mult": (2, 3, 3, 4), "params": 6_757_584},
 }
 
 
-class SDVAE(LiteVAE):
-    """The Stable Diffusion autoencoder, and the same with a small encoder, behind LiteVAE's interface (Table 2).
+class SDVAE(Autoencoder):
+    """The Stable Diffusion autoencoder, and the same with a small encoder (Table 2).
 
     model   "sd-vae" or "vae-small", see SD_ENCODERS; the other arguments are LiteVAE's
 
@@ -1100,20 +1065,16 @@ class SDVAE(LiteVAE):
 
     def __init__(self, model="sd-vae", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
                  scaling_factor=1.0):
-        nn.Module.__init__(self)  # LiteVAE lends its methods, not its parts
         if model not in SD_ENCODERS:
             raise ValueError(f"model must be one of {', '.join(SD_ENCODERS)}, got {model!r}")
-        _check_arguments(latent_dim, decoder_channels, output_type)
-        self.config = Config(model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
-                             output_type=output_type, scaling_factor=scaling_factor)
-        preset = SD_ENCODERS[model]
-        self.encoder = SDVAEEncoder(latent_dim, preset["channels"], preset["ch_mult"])
-        self.decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        self.wavelet_fn = HaarTransform()
-        self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
-        self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
-        self.apply(_initialise)  # as LiteVAE's: the comparison is about the encoders
-        _initialise_posterior(self.quant_conv, 1.0)
+        decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
+        encoder = SDVAEEncoder(latent_dim, SD_ENCODERS[model]["channels"], SD_ENCODERS[model]["ch_mult"])
+        super().__init__(encoder.apply(initialise), decoder, Config(
+            model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
+            output_type=output_type, scaling_factor=scaling_factor))
+        self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1).apply(initialise)
+        self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1).apply(initialise)
+        initialise_posterior(self.quant_conv, gain=1.0)
 
     # encode and decode know these convolutions by App. G's names.
     pre_conv = property(lambda self: self.quant_conv)
@@ -1121,59 +1082,55 @@ class SDVAE(LiteVAE):
     name = property(lambda self: {"sd-vae": "SD-VAE", "vae-small": "VAE-Small"}[self.config.model])
 
 
-# diffusers' names for tensors of its AutoencoderKL -> the released checkpoints'; the second of two is an older name.
-DIFFUSERS_NAMES = [
-    (r"mid_block\.resnets\.0\.", "mid.block_1."),
-    (r"mid_block\.resnets\.1\.", "mid.block_2."),
-    (r"mid_block\.attentions\.0\.group_norm\.", "mid.attn_1.norm."),
-    (r"mid_block\.attentions\.0\.(to_out\.0|proj_attn)\.", "mid.attn_1.proj_out."),
-    (r"mid_block\.attentions\.0\.(to_q|query)\.", "mid.attn_1.q."),
-    (r"mid_block\.attentions\.0\.(to_k|key)\.", "mid.attn_1.k."),
-    (r"mid_block\.attentions\.0\.(to_v|value)\.", "mid.attn_1.v."),
-    (r"down_blocks\.(\d)\.", r"down.\1."),
-    (r"up_blocks\.(\d)\.", lambda found: f"up.{3 - int(found[1])}."),  # counted from the other end
-    (r"resnets\.(\d)\.", r"block.\1."),
-    (r"(down|up)samplers\.0\.", r"\1sample."),
-    (r"conv_shortcut\.", "nin_shortcut."),
-    (r"conv_norm_out\.", "norm_out."),
-]
+# diffusers' names for parts of its AutoencoderKL -> the released checkpoints'. Of two in brackets the second is older.
+DIFFUSERS_NAMES = {
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0": "mid.attn_1",
+    r"(attn_1)\.group_norm": r"\1.norm",
+    r"(attn_1)\.(to_out\.0|proj_attn)": r"\1.proj_out",
+    r"(attn_1)\.(to_q|query)\.": r"\1.q.",
+    r"(attn_1)\.(to_k|key)\.": r"\1.k.",
+    r"(attn_1)\.(to_v|value)\.": r"\1.v.",
+    r"down_blocks": "down",
+    r"up_blocks\.(\d)": lambda found: f"up.{3 - int(found[1])}",  # counted from the other end
+    r"resnets": "block",
+    r"samplers\.0": "sample",
+    r"conv_shortcut": "nin_shortcut",
+    r"conv_norm_out": "norm_out",
+}
 
 
 def released_sd_vae(path):
     """A released Stable Diffusion autoencoder (kl-f8) as a checkpoint of this project, or None if `path` holds none.
 
     CompVis's names, bare or behind "first_stage_model." in a whole diffusion model, or diffusers'; written by torch
-    or as safetensors, in any precision. ValueError if it is an autoencoder of another layout. (SDXL's has the same:
-    for that set `config.scaling_factor` to 0.13025.)
+    or as safetensors, in any precision. (SDXL's has the same layout: for that set `config.scaling_factor` to 0.13025.)
     """
     tensors = read_tensors(path)
-    if any(name.startswith("first_stage_model.") for name in tensors):
-        tensors = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()
-                   if name.startswith("first_stage_model.")}
-    if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= tensors.keys():
-        return None
+    prefix = "first_stage_model." if any(name.startswith("first_stage_model.") for name in tensors) else ""
     state = {}
     for name, tensor in tensors.items():
-        for theirs, ours in DIFFUSERS_NAMES:
+        # CompVis's files also hold a discriminator, LPIPS and EMA weights.
+        if not name.startswith(prefix) or name.startswith(("loss.", "model_ema.")):
+            continue
+        name = name.removeprefix(prefix)
+        for theirs, ours in DIFFUSERS_NAMES.items():
             name = re.sub(theirs, ours, name)
-        if ".attn_1." in name and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]  # diffusers' linear layers are 1x1 convolutions here
-        if not name.startswith(("loss.", "model_ema.")):  # CompVis's discriminator, LPIPS, averaged weights
-            state[name] = tensor
-
+        linear = ".attn_1." in name and tensor.ndim == 2  # a 1x1 convolution here
+        state[name] = tensor[:, :, None, None] if linear else tensor
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"} <= state.keys():
+        return None
     # 0.18215 is what Stable Diffusion multiplies these latents by.
-    config = {"model": "sd-vae", "latent_dim": len(state["decoder.conv_in.weight"][0]),
-              "decoder_channels": len(state.get("decoder.norm_out.weight", range(128))),
-              "use_smc": False, "output_type": "image", "scaling_factor": 0.18215}
-    with torch.device("meta"):
-        expected = SDVAE(**config).state_dict()
-    for name in [*expected, *state]:
-        found, right = (f"{name} of shape {tuple(d[name].shape)}" if name in d else f"no {name}"
-                        for d in (state, expected))
-        if found != right:
-            raise ValueError(f"{path} holds an autoencoder, but not Stable Diffusion's kl-f8: it has {found}, and "
-                             f"kl-f8 has {right}")
+    config = {"model": "sd-vae", "latent_dim": state["decoder.conv_in.weight"].shape[1],
+              "decoder_channels": len(state["decoder.norm_out.weight"]), "scaling_factor": 0.18215}
     return {"format": CHECKPOINT_FORMAT, "config": config, "model": state}
+
+
+class Placeholder(dict):
+    """What the Python objects in other projects' checkpoints become. None of their code is run."""
+
+    __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
 def read_tensors(path):
@@ -1181,15 +1138,12 @@ def read_tensors(path):
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-            if start[8:] == b"{":  # safetensors: the header's length in 8 bytes, the header in JSON, the numbers
-                return _read_safetensors(file)
-        # Old checkpoints pickle objects of the program that trained them. No code of a file is run here: whatever
-        # is not a tensor or a plain value becomes an empty Placeholder.
+        if start[8:] == b"{":
+            return read_safetensors(path)
         foreign = []
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    return {}
+            if zipfile.ZipFile(path).testzip() is not None:
+                return {}
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Placeholder, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1199,29 +1153,17 @@ def read_tensors(path):
         return {}
 
 
-class Placeholder:
-    """What a checkpoint's pickled objects become: nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-
-def _read_safetensors(file):
+def read_safetensors(path):
+    """{name: tensor}: the file is the header's length in 8 bytes, a header in JSON, and the numbers."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    file.seek(0)
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    origin, tensors = file.tell(), {}
-    for name, entry in header.items():
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    origin = 8 + int.from_bytes(content[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(content[8:origin]).items():
         if entry.get("dtype") in dtypes:
             first, last = entry["data_offsets"]
-            file.seek(origin + first)
-            numbers = torch.frombuffer(bytearray(file.read(last - first)), dtype=dtypes[entry["dtype"]])
+            numbers = torch.frombuffer(content[origin + first:origin + last], dtype=dtypes[entry["dtype"]])
             tensors[name] = numbers.view(entry["shape"])
     return tensors
 
@@ -1250,7 +1192,7 @@ class DWTEncoder(nn.Module):
 
 
 class PointDistribution(DiagonalGaussianDistribution):
-    """A "posterior" without spread: every draw is the mean, and there is no KL."""
+    """A "posterior" without spread: every sample is the mean, and there is no KL."""
 
     def __init__(self, parameters):
         super().__init__(parameters)
@@ -1263,7 +1205,7 @@ class PointDistribution(DiagonalGaussianDistribution):
 DWT_LATENTS = {"dwt": 12, "dwt-2": 48}
 
 
-class DWTVAE(LiteVAE):
+class DWTVAE(Autoencoder):
     """A wavelet transform for an encoder, and Stable Diffusion's decoder, which alone is trained (App. B).
 
     model   "dwt" (nz = 12) or "dwt-2" (nz = 48); the other arguments are LiteVAE's
@@ -1273,31 +1215,25 @@ class DWTVAE(LiteVAE):
 
     def __init__(self, model="dwt", latent_dim=None, decoder_channels=128, use_smc=False, output_type="image",
                  scaling_factor=1.0):
-        nn.Module.__init__(self)
         if model not in DWT_LATENTS:
             raise ValueError(f"model must be one of {', '.join(DWT_LATENTS)}, got {model!r}")
-        latent_dim = latent_dim or DWT_LATENTS[model]
-        if latent_dim != DWT_LATENTS[model]:
+        if latent_dim not in (None, DWT_LATENTS[model]):
             raise ValueError(f"the latent of {model} has {DWT_LATENTS[model]} channels, not {latent_dim}")
-        _check_arguments(latent_dim, decoder_channels, output_type)
-        self.config = Config(model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
-                             output_type=output_type, scaling_factor=scaling_factor)
-        self.encoder = DWTEncoder(higher_bands=model == "dwt-2")
-        self.decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        self.wavelet_fn = self.encoder.wavelet_fn
+        latent_dim = DWT_LATENTS[model]
+        decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
+        super().__init__(DWTEncoder(higher_bands=model == "dwt-2"), decoder, Config(
+            model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
+            output_type=output_type, scaling_factor=scaling_factor))
         self.pre_conv = self.post_conv = nn.Identity()
-        self.apply(_initialise)
 
     name = property(lambda self: self.config.model.upper())
 
 
-# ------------------------------------------------------------------------------------------------------
-# 10  Other encoder parts (Tables 18 to 21)
-# ------------------------------------------------------------------------------------------------------
+# --- 10  Other encoder parts (Tables 18 to 21) --------------------------------------------------------
 
 
 class LiteVAEVariant(LiteVAE):
-    """LiteVAE with parts of its encoder exchanged (App. D.3 to D.6); all else, forward included, is LiteVAE's.
+    """LiteVAE with other parts in its encoder (App. D.3 to D.6).
 
     extractor          "unet", or "nafnet" (Table 18)
     shared_extractor   one extractor reads all levels (Table 19)
@@ -1308,50 +1244,53 @@ class LiteVAEVariant(LiteVAE):
 
     def __init__(self, *, model="litevae-variant", extractor="unet", shared_extractor=False, aggregator="unet",
                  last_two_levels=False, resolution=None, **arguments):
-        if extractor not in ("unet", "nafnet") or aggregator not in ("unet", "vit"):
-            raise ValueError('extractor must be "unet" or "nafnet" and aggregator "unet" or "vit", '
-                             f"got {extractor!r} and {aggregator!r}")
-        if (aggregator == "vit") != (resolution is not None):
-            raise ValueError("the ViT aggregator needs the resolution of its images, and no other part does")
-        super().__init__(**arguments)
-        self.config.update(model=model, extractor=extractor, shared_extractor=shared_extractor, aggregator=aggregator,
-                           last_two_levels=last_two_levels, resolution=resolution)
-        # Made last, so that one seed gives every variant the same decoder to start from.
-        encoder, bands, moments = self.encoder, 12, 2 * self.config.latent_dim
-        levels = (2, 3) if last_two_levels else (1, 2, 3)
-        if extractor == "nafnet":
-            for level in levels:
-                setattr(encoder, f"feature_extractor_L{level}", NAFNetExtractor(bands, *NAFNETS[self.config.size]))
-        if last_two_levels:
-            encoder.feature_extractor_L1, encoder.downsample_block_L1 = nn.Identity(), NoFeatures()
-            encoder.feature_aggregator = LiteVAEUNetBlock(2 * bands, moments, *PRESETS[self.config.size]["aggregator"])
-        if shared_extractor:
-            for level in levels:
-                setattr(encoder, f"feature_extractor_L{level}", encoder.feature_extractor_L3)
-        if aggregator == "vit":
-            model_channels, ch_multiplies = PRESETS[self.config.size]["aggregator"]
-            encoder.feature_aggregator = ViTAggregator(len(levels) * bands, moments, resolution // 8,
-                                                       model_channels * ch_multiplies[-1])
-        encoder.apply(_initialise)
-        if aggregator == "vit" and self.config.use_1x1_conv:
-            _initialise_posterior(self.pre_conv, 0.5 / 4.0)  # which has its 4 already
-        elif not self.config.use_1x1_conv:
-            # A ViT ends in a norm: its output is not small.
-            _initialise_posterior(encoder.feature_aggregator.out_layer, 0.5 if aggregator == "vit" else 4.0)
+        parts = dict(extractor=extractor, shared_extractor=shared_extractor, aggregator=aggregator,
+                     last_two_levels=last_two_levels, resolution=resolution)
+        super().__init__(**arguments, build_encoder=functools.partial(build_variant_encoder, **parts))
+        self.config.update(model=model, **parts)
 
     @property
     def name(self):
         c = self.config
-        parts = {"NAFNet extractor": c.extractor == "nafnet", "one for all levels": c.shared_extractor,
+        parts = {"NAFNet extractor": c.extractor == "nafnet", "shared extractor": c.shared_extractor,
                  "ViT aggregator": c.aggregator == "vit", "last two levels": c.last_two_levels}
         return f"{super().name} ({', '.join(part for part, there in parts.items() if there)})"
 
 
-class NoFeatures(nn.Module):
-    """What level 1 contributes when only the last two are read: (B, C, H/2, W/2) -> (B, 0, h, w)."""
+def build_variant_encoder(size, latent_dim, extractor, shared_extractor, aggregator, last_two_levels, resolution):
+    """LiteVAE's encoder with other parts; the arguments are LiteVAEVariant's."""
+    if extractor not in ("unet", "nafnet") or aggregator not in ("unet", "vit"):
+        raise ValueError('extractor must be "unet" or "nafnet" and aggregator "unet" or "vit", '
+                         f"got {extractor!r} and {aggregator!r}")
+    if (aggregator == "vit") != (resolution is not None):
+        raise ValueError("the ViT aggregator needs the resolution of its images, and no other part does")
+    bands, preset = 12, PRESETS[size]
 
-    def forward(self, x):
-        return x[:, :0, ::4, ::4]
+    def extract():
+        return NAFNetExtractor(bands, *NAFNETS[size]) if extractor == "nafnet" else \
+            LiteVAEUNetBlock(bands, bands, *preset["extractor"])
+    extractors = 3 * [extract()] if shared_extractor else [extract() for _ in range(3)]
+
+    levels = 2 if last_two_levels else 3
+    model_channels, ch_multiplies = preset["aggregator"]
+    if aggregator == "vit":
+        aggregate = ViTAggregator(levels * bands, 2 * latent_dim, resolution // 8, model_channels * ch_multiplies[-1])
+    else:
+        aggregate = LiteVAEUNetBlock(levels * bands, 2 * latent_dim, model_channels, ch_multiplies)
+    return TwoLevelEncoder([nn.Identity(), *extractors[1:]], aggregate) if last_two_levels else \
+        LiteVAEEncoder(extractors, aggregate)
+
+
+class TwoLevelEncoder(LiteVAEEncoder):
+    """LiteVAE's encoder without the level of the highest resolution (Table 21): (B, 3, H, W) -> (B, 2 nz, h, w)."""
+
+    def forward(self, image):
+        _, dwt_L2, dwt_L3 = self.wavelets(image)
+        features = torch.cat([
+            self.downsample_block_L2(self.feature_extractor_L2(dwt_L2)),  # (B, 12, H/4, W/4) -> (B, 12, h, w)
+            self.feature_extractor_L3(dwt_L3),                            # (B, 12, h, w)
+        ], dim=1)  # (B, 24, h, w)
+        return self.feature_aggregator(features)
 
 
 # Unspecified: NAFNet's size. (channels, blocks): as wide as the UNet's widest blocks, and as many as come nearest
@@ -1427,6 +1366,7 @@ class ViTAggregator(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(1, side * side, width))
         self.blocks = nn.Sequential(*(ViTBlock(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        nn.init.constant_(self.norm.weight, 1 / 8)  # as small an output at the start as the UNet's
         self.out_layer = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, x):
@@ -1464,9 +1404,7 @@ MODELS |= {"litevae-variant": LiteVAEVariant, "sd-vae": SDVAE, "vae-small": SDVA
 IMPORTERS += [released_sd_vae]
 
 
-# ------------------------------------------------------------------------------------------------------
-# 11  Other losses (Eq. 2, Tables 8 and 14 to 16)
-# ------------------------------------------------------------------------------------------------------
+# --- 11  Other losses (Eq. 2, Tables 8 and 14 to 16) --------------------------------------------------
 
 
 def adaptive_weight(recon, adv, last_layer, delta=1e-4, average=lambda gradient: gradient):
@@ -1476,8 +1414,8 @@ def adaptive_weight(recon, adv, last_layer, delta=1e-4, average=lambda gradient:
     averages a gradient over the processes that share a batch.
     """
     # Unspecified: where the gradients are taken, delta, and a ceiling. As in taming-transformers.
-    g_recon, g_adv = (average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
-                      for loss in (recon, adv))
+    g_recon = average(torch.autograd.grad(recon, last_layer, retain_graph=True)[0]).norm()
+    g_adv = average(torch.autograd.grad(adv, last_layer, retain_graph=True)[0]).norm()
     return 0.5 * (g_recon / (g_adv + delta)).clamp(max=1e4)
 
 
@@ -1488,7 +1426,7 @@ class ESRGANPerceptual(nn.Module):
     in float32. The weights, torchvision's, are looked for as LPIPS's are. H and W at least 16.
     """
 
-    weights = "vgg19-dcbb9e9d.pth"
+    file = "vgg19-dcbb9e9d.pth"
 
     def __init__(self):
         super().__init__()
@@ -1502,33 +1440,35 @@ class ESRGANPerceptual(nn.Module):
         self.features = nn.Sequential(*layers[:-1])  # numbered as torchvision's; the last one is conv5_4
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
-        load_torchvision_features([self.features], self.weights, "the ESRGAN loss")
+        load_features([self.features], self.file)
         self.requires_grad_(False)
 
     def forward(self, x_hat, x):
-        with _autocast_off(x):
-            f_hat, f = (self.features(((a.float() + 1) / 2 - self.mean) / self.std) for a in (x_hat, x))
-            return (f_hat - f).abs().mean(dim=(1, 2, 3))  # of (B, 512, H/16, W/16)
+        with autocast_off(x):
+            f_hat = self.features(((x_hat.float() + 1) / 2 - self.mean) / self.std)  # (B, 512, H/16, W/16)
+            f = self.features(((x.float() + 1) / 2 - self.mean) / self.std)
+            return (f_hat - f).abs().mean(dim=(1, 2, 3))
 
 
 def ldl_loss(x_hat, x, x_ema):
     """Locally discriminative learning (Liang et al. 2022, Table 15): three (B, 3, H, W) in [-1, 1] -> ().
 
-    L1, weighted by where x_hat is likely to hold artifacts; `x_ema` is what the averaged weights make of x.
+    L1, weighted by where x_hat is likely to hold artifacts; `x_ema` is what the EMA weights make of x.
     """
     # Over [0, 1], as in its authors' code: on [-1, 1] the same loss would be 10 times as large.
-    x_hat, x, x_ema = ((_at_least_float32(a) + 1) / 2 for a in (x_hat, x, x_ema))
+    x_hat, x, x_ema = [(at_least_float32(a) + 1) / 2 for a in (x_hat, x, x_ema)]
     return (artifact_map(x_hat.detach(), x, x_ema) * (x_hat - x)).abs().mean()
 
 
 def artifact_map(x_hat, x, x_ema, kernel_size=7):
-    """LDL's refined map M of three (B, 3, H, W) in [0, 1]: (B, 1, H, W), zero where the averaged weights do worse.
+    """LDL's refined map M of three (B, 3, H, W) in [0, 1]: (B, 1, H, W), zero where the EMA weights do worse.
 
     The variance of the residual in each 7x7 window, times its variance in the image to the power of 1/5.
     """
     # Differs: the authors' code lets the gradient run through the map too, where the fifth root's is infinite for
     # a perfect reconstruction. A weight is a constant here.
-    residual, residual_ema = ((a - x).abs().sum(dim=1, keepdim=True) for a in (x_hat, x_ema))  # (B, 1, H, W)
+    residual = (x_hat - x).abs().sum(dim=1, keepdim=True)  # (B, 1, H, W)
+    residual_ema = (x_ema - x).abs().sum(dim=1, keepdim=True)
     half = kernel_size // 2
     windows = F.unfold(F.pad(residual, (half,) * 4, mode="reflect"), kernel_size)  # (B, 49, HW)
     local = windows.var(dim=1).view_as(residual)  # (B, 1, H, W)
@@ -1538,17 +1478,15 @@ def artifact_map(x_hat, x, x_ema, kernel_size=7):
 
 def logistic_d_loss(real, fake):
     """Logistic loss of the discriminator: softplus(-real) + softplus(fake), averaged: two logits -> () (Table 16)."""
-    return F.softplus(-_at_least_float32(real)).mean() + F.softplus(_at_least_float32(fake)).mean()
+    return F.softplus(-at_least_float32(real)).mean() + F.softplus(at_least_float32(fake)).mean()
 
 
 def logistic_g_loss(fake):
     """Non-saturating logistic loss of the generator: softplus(-fake), averaged: logits -> () (Table 16)."""
-    return F.softplus(-_at_least_float32(fake)).mean()
+    return F.softplus(-at_least_float32(fake)).mean()
 
 
-# ------------------------------------------------------------------------------------------------------
-# 12  Other discriminators (Table 10)
-# ------------------------------------------------------------------------------------------------------
+# --- 12  Other discriminators (Table 10) --------------------------------------------------------------
 # Like UNetDiscriminator they return a tuple of logits, positive for real.
 
 
@@ -1565,9 +1503,9 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         layers, width = [], 3
         for out, stride in ((channels, 2), (2 * channels, 2), (4 * channels, 2), (8 * channels, 1)):
-            layers += [_spectral_norm(nn.Conv2d(width, out, 4, stride, padding=1)), nn.LeakyReLU(0.2)]
+            layers += [spectral_norm(nn.Conv2d(width, out, 4, stride, padding=1)), nn.LeakyReLU(0.2)]
             width = out
-        self.layers = nn.Sequential(*layers, _spectral_norm(nn.Conv2d(width, 1, 4, padding=1)))
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(width, 1, 4, padding=1)))
 
     def forward(self, x):
         return (self.layers(x),)
@@ -1626,7 +1564,7 @@ class StyleGANBlock(nn.Module):
 
 
 class EqualizedConv2d(nn.Conv2d):
-    """A convolution with weights drawn at unit variance and scaled where they are used (Karras et al. 2018)."""
+    """A convolution with weights initialised at unit variance and scaled where they are used (Karras et al. 2018)."""
 
     # So that Adam, whose steps do not depend on a gradient's scale, changes all layers at the same relative speed:
     # a slow one at the rates that suit the other discriminators (StyleGAN2's own is 0.002).
@@ -1669,26 +1607,3 @@ def minibatch_stddev(x, group_size=4):
     groups = x.float().view(B // group_size, group_size, C, H, W)
     std = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt()  # (B / group_size, C, H, W)
     return std.mean(dim=(1, 2, 3)).repeat_interleave(group_size).view(B, 1, 1, 1).expand(B, 1, H, W)
-
-
-def compare():
-    """Print Part II's sizes beside the paper's."""
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    with torch.device("meta"):
-        sd, small, dwt = SDVAE("sd-vae"), SDVAE("vae-small"), DWTVAE("dwt")
-        naf, one = LiteVAEVariant(extractor="nafnet"), LiteVAEVariant(shared_extractor=True)
-        vit = LiteVAEVariant(aggregator="vit", resolution=128, latent_dim=12)
-        rows = [("SD-VAE encoder", sd.encoder, "34.16 M"), ("SD-VAE decoder", sd.decoder, ""),
-                ("VAE-Small encoder", small.encoder, "6.75 M"), ("DWT encoder", dwt.encoder, "0"),
-                ("UNet aggregator (B)", LiteVAE("B", 12).encoder.feature_aggregator, "1.69 M"),
-                ("ViT aggregator (B)", vit.encoder.feature_aggregator, "0.84 M"),
-                ("encoder, NAFNet (B)", naf.encoder, ""), ("encoder, shared (B)", one.encoder, ""),
-                ("UNet discriminator", UNetDiscriminator(), ""), ("PatchGAN", PatchDiscriminator(), ""),
-                ("StyleGAN2's, 128x128", StyleGANDiscriminator(128), "")]
-    print("\nWhat the paper compares with:")
-    for name, module, paper in rows:
-        print(f"  {name:22} {count(module):12,}    {paper:>7}".rstrip())
-
-
-if __name__ == "__main__":
-    compare()

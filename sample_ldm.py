@@ -12,11 +12,11 @@ holds the autoencoder too, so sampling needs that one file. From top to bottom:
     1  Diffusion     App. C, EDM     preconditioning, Denoiser, diffusion_loss
     2  Sampling      Eq. 4, EDM      sigma_schedule, heun_sampler, stochastic_sampler, guided
     3  The network   LDM             UNet, PRESETS
-    4  Latents       Sec. 1          LatentSpace, and CachedLatents for comparison
-    5  Images                        ImageNoise, draw
-    6  The step                      DiffusionTask and its checkpoint
-    7  Commands                      prepare, for train; sample
-    8  Arguments
+    4  The step                      DiffusionTask
+    5  Latents       Sec. 1          LatentSpace, and CachedLatents for comparison
+    6  Checkpoints                   save_ldm, load_ldm
+    7  Sampling images               sample, draw
+    8  Options                       the two recipes, build_parser, main
 
 "EDM" is Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, which App. C
 follows; "LDM" is Rombach et al. 2022, whose UNet Sec. 5 takes over. The axes: B latents, nz channels,
@@ -26,9 +26,6 @@ h x w = H/8 x W/8 positions, C channels inside the network. sigma is the noise's
 import argparse
 import functools
 import math
-import os
-import re
-import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -38,17 +35,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from litevae import Config, LiteVAE, group_norm, load_checkpoint, write_checkpoint
-from train import (EMA, ImageFolder, Machine, Options, Parser, Progress, Shuffled, UsageError, add_optimiser_options,
-                   add_run_options, announce, at_least, batches, check_run, complete, find_images, fit,
-                   fits_resolution, ignore_signals, learning_rate, load_optimizer, load_or_say, open_images, open_rgb,
-                   optimizer_step, rebuilt, run_script, save_grid, to_pixels, trained_at)
+import train
+from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoint, load_weights, write_checkpoint)
 
-# ------------------------------------------------------------------------------------------------------
-# 1  Diffusion (App. C, EDM Sec. 5 and Table 1)
-# ------------------------------------------------------------------------------------------------------
+# --- 1  Diffusion (App. C, EDM Sec. 5 and Table 1) ----------------------------------------------------
 # x_t = x + sigma(t) eps with eps ~ N(0, I), and EDM's choice sigma(t) = t: time is the noise level. The
 # data x have mean 0 and standard deviation sigma_data = 1 in every channel: see LatentSpace.
 # Differs: LDM, which the paper's models follow closely (App. F), trains DDPM's 1000 discrete noise levels.
@@ -96,9 +87,7 @@ def diffusion_loss(denoiser, x, sigma, noise, label=None):
     return (weight * (denoiser(x + s * noise, sigma, label) - x).square()).mean()
 
 
-# ------------------------------------------------------------------------------------------------------
-# 2  Sampling (Eq. 4; EDM Algorithms 1 and 2)
-# ------------------------------------------------------------------------------------------------------
+# --- 2  Sampling (Eq. 4; EDM Algorithms 1 and 2) ------------------------------------------------------
 # The score is grad log p_t(x) = (D(x; sigma) - x) / sigma^2. With it and sigma(t) = t, Eq. 4 with beta = 0 is
 # the probability-flow ODE  dx/dsigma = (x - D(x; sigma)) / sigma,  which leads from noise to data.
 
@@ -164,9 +153,7 @@ def guided(denoiser, label=None, guidance=1.0):
     return denoise
 
 
-# ------------------------------------------------------------------------------------------------------
-# 3  The network (Sec. 5: "a UNet identical to the original model from Rombach et al.")
-# ------------------------------------------------------------------------------------------------------
+# --- 3  The network (Sec. 5: "a UNet identical to the original model from Rombach et al.") ------------
 
 # Unspecified: the sizes, but for "ldm". Parameters are counted without classes.
 PRESETS = {
@@ -255,7 +242,10 @@ def noise_embedding(c_noise, channels):
 
 
 class Block(nn.Module):
-    """Residual block that hears the noise level, then perhaps attention: (B, in, h, w), (B, E) -> (B, out, h, w)."""
+    """Residual block conditioned on the noise level, optionally followed by attention.
+
+    (B, in, h, w), (B, E) -> (B, out, h, w)
+    """
 
     def __init__(self, in_channels, out_channels, embedding, scale_shift=True, attention=False):
         super().__init__()
@@ -324,31 +314,182 @@ def _zero(conv):
     return conv
 
 
-# ------------------------------------------------------------------------------------------------------
-# 4  Latents
-# ------------------------------------------------------------------------------------------------------
+# --- 4  The step --------------------------------------------------------------------------------------
+
+
+class DiffusionTask:
+    """The denoiser in the latent space of a frozen autoencoder, and one update of it: what `train.fit` runs."""
+
+    shown = ["loss", "encode_share"]
+    fields = ["loss", "grad_norm", "lr", "encode_share", "val_loss"]
+
+    def __init__(self, args, machine, denoiser, space, held_out, classes=()):
+        self.args, self.machine, self.held_out, self.skipped = args, machine, held_out, 0
+        self.classes = list(classes)
+        self.space = space.to(machine.device, memory_format=machine.memory_format)
+        self.denoiser = denoiser.to(machine.device, memory_format=machine.memory_format).train()
+        self.ema = train.EMA(self.denoiser, args.ema)
+        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), args.lr, (args.beta1, args.beta2), fused=True)
+        if args.compile:
+            self.denoiser.net.compile()
+        self.parallel = machine.parallel(self.denoiser)
+
+    def step(self, batch, step, log):
+        """One update on a batch of (images or cached posteriors, labels). Returns what is logged, and "finite"."""
+        args, machine = self.args, self.machine
+        items, label = batch
+        lr = train.learning_rate(step, args)
+        started = machine.now() if log else None
+
+        # Encoding on the fly is what a light encoder buys: every epoch sees other crops.
+        if args.cache_latents:
+            mean, std = items.to(machine.device).float().unbind(1)  # (B, nz, h, w) each
+        else:
+            with machine.autocast():
+                mean, std = posterior(self.space.vae, machine.images(items))
+        encoded = machine.now() if log else None
+
+        # An encoded image serves for several examples, each with its own sample, noise level and noise.
+        draws = args.noise_draws
+        mean, std = mean.repeat_interleave(draws, 0), std.repeat_interleave(draws, 0)  # (B * draws, nz, h, w)
+        x = self.space.normalise(mean + std * machine.randn(mean.shape))
+        label = self.drop(label.to(machine.device).repeat_interleave(draws, 0)) if self.classes else None
+        sigma = noise_levels(machine.randn((len(x),)), args.noise_mean, args.noise_std)
+        with machine.autocast():
+            loss = diffusion_loss(self.parallel, x, sigma, machine.randn(x.shape), label)
+        grad_norm = train.update(loss, self.denoiser, self.optimizer, lr, args.clip)
+        finite = bool(torch.isfinite(grad_norm))
+        if finite:
+            self.ema.update(self.denoiser)
+        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "finite": finite}
+        if log:
+            values["encode_share"] = (encoded - started) / (machine.now() - started)
+        return values
+
+    def drop(self, label):
+        """Labels, a share of which (--class-dropout) becomes the label for none, for classifier-free guidance."""
+        quantile = torch.special.ndtri(torch.tensor(self.args.class_dropout)).item()  # randn is below it that often
+        none = torch.full_like(label, len(self.classes))
+        return torch.where(self.machine.randn(label.shape) < quantile, none, label)
+
+    @torch.no_grad()
+    def report(self, step):
+        """The EMA weights' loss on held-out images, at noise levels and noise that never change, and samples."""
+        losses, count, side = [], len(self.held_out), self.args.resolution // 8
+        # One level for each image, at evenly spaced quantiles of the levels that are trained.
+        sigmas = noise_levels(torch.special.ndtri((torch.arange(count) + 0.5) / count), self.args.noise_mean,
+                              self.args.noise_std)
+        noise = ImageNoise(0, range(count))
+        for first in range(0, count, self.args.batch_size):
+            rows = range(first, min(first + self.args.batch_size, count))
+            images, labels = zip(*(self.held_out[i] for i in rows))
+            label = torch.tensor(labels, device=self.machine.device) if self.classes else None
+            with self.machine.autocast():
+                mean, _ = posterior(self.space.vae, self.machine.images(torch.stack(images)))
+                x = self.space.normalise(mean)  # (B, nz, h, w)
+                sigma, eps = sigmas[first:first + len(x)].to(x), noise(x.shape[1:], rows).to(x)
+                losses += [len(x) * diffusion_loss(self.ema.model, x, sigma, eps, label)]
+        numbers = range(16)
+        label = class_labels(numbers, self.classes, None, self.machine)
+        images = draw(self.ema.model, self.space, self.machine, ImageNoise(0, numbers), side, side, label=label,
+                      guidance=GUIDANCE)
+        train.save_grid(Path(self.args.out, f"samples-{step:06}.png"), [images[:8], images[8:]])
+        return {"val_loss": (sum(losses) / count).item()}
+
+    def save(self, step):
+        training = {"optimizer": self.optimizer.state_dict()["state"], "ema_updates": self.ema.updates,
+                    "skipped": self.skipped}
+        save_ldm(Path(self.args.out, "checkpoint.pt"), self.denoiser, self.ema.model, self.space, self.classes,
+                 self.args.resolution, step=step, training=training, args=train.known(self.args))
+
+    def resume(self, checkpoint):
+        """Take up everything `save` wrote."""
+        training = checkpoint["training"]
+        self.denoiser.load_state_dict(checkpoint["model"])
+        self.ema.model.load_state_dict(checkpoint["ema"])
+        self.ema.updates, self.skipped = training["ema_updates"], training["skipped"]
+        train.load_optimizer(self.optimizer, training["optimizer"])
+
+
+def prepare(args, machine, checkpoint):
+    """The task, its data set and the step to start from."""
+    classes, label = [], None
+    if args.class_cond:
+        classes = checkpoint["classes"] if args.resume else find_classes(args.data)
+        label = functools.partial(class_number, classes)
+    torch.manual_seed(args.seed)
+    dataset, held_out, about = train.open_images(args, label, args.clutter)
+    if args.resume:
+        denoiser, space = build(checkpoint, ema=False)
+    else:
+        vae = LiteVAE.from_checkpoint(checkpoint).requires_grad_(False)
+        vae.to(machine.device, memory_format=machine.memory_format)
+        train.check_resolution(vae, args.resolution)
+        denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
+        count = -(-STATISTICS_IMAGES // args.batch_size)
+        if machine.rank == 0:
+            print(f"measuring the latents of {count * args.batch_size} training images", flush=True)
+        stream = train.batches(dataset, args.batch_size, 0, machine, args.workers)
+        space = LatentSpace(vae, *measure_latents(vae, stream, count, machine))
+    task = DiffusionTask(args, machine, denoiser, space, held_out, classes)
+    start = checkpoint["step"] if args.resume else 0
+    if args.resume:
+        task.resume(checkpoint)
+    about = f"{len(classes)} classes; {about}" if classes else about
+    train.announce(f"the {args.model} denoiser", denoiser, space.vae.config.latent_dim, about, args, machine, start)
+    if args.cache_latents:
+        path = Path(args.out, "latents.pt")
+        cache_latents(path, dataset, space.vae, args, machine)
+        dataset = CachedLatents(path, args.seed)
+    return task, dataset, start
+
+
+def find_classes(folder):
+    """The classes of a folder of images: its sub-folders. UsageError unless every image is in one of several."""
+    classes = sorted({class_of(file, folder) for file in train.find_images(folder)})
+    if "" in classes or len(classes) < 2:
+        raise train.UsageError("--class-cond takes the sub-folders of --data for classes: there must be two or more, "
+                               f"and every image of {folder} in one of them")
+    return classes
+
+
+def class_of(file, root):
+    """The first folder on the way from `root` to an image, "" where there is none."""
+    parts = Path(file).relative_to(root).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def class_number(classes, file, root):
+    if class_of(file, root) not in classes:
+        raise train.UsageError(f"{file} is in no folder that is named like one of the {len(classes)} classes")
+    return classes.index(class_of(file, root))
+
+
+# --- 5  Latents ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def posterior(vae, image):
+    """(B, 3, H, W) in [-1, 1] -> mean and std of the posterior, not normalised: (B, nz, h, w) each."""
+    latent_dist = vae.encode(image).latent_dist
+    return latent_dist.mean, latent_dist.std
 
 
 class LatentSpace(nn.Module):
-    """A frozen autoencoder, and the scale that gives its latents mean 0 and standard deviation 1 per channel.
+    """A frozen autoencoder, and the scale that gives its latents mean 0 and std 1 in each channel.
 
-    `vae` is anything with encode(image).latent_dist, decode(latent).sample and config.latent_dim.
+    `vae` is anything with encode(image).latent_dist, decode(latent).sample and config.latent_dim; `mean` and
+    `std` are (nz,).
     """
 
-    # Differs: Stable Diffusion multiplies by one number, `config.scaling_factor`. Channels of a latent differ
-    # in scale and mean, and EDM's preconditioning wants sigma_data = 1 in each.
+    # Differs: Stable Diffusion multiplies by one number for all channels, `config.scaling_factor`. Channels differ in
+    # mean and scale, and EDM's preconditioning wants sigma_data = 1 in each. Both give about unit variance.
 
     def __init__(self, vae, mean, std):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         self.register_buffer("mean", mean.view(-1, 1, 1))  # (nz, 1, 1)
         self.register_buffer("std", std.view(-1, 1, 1))
-
-    @torch.no_grad()
-    def posterior(self, image):
-        """(B, 3, H, W) in [-1, 1] -> the posterior's mean and standard deviation, not yet normalised: (B, nz, h, w)."""
-        posterior = self.vae.encode(image).latent_dist
-        return posterior.mean, posterior.std
 
     def normalise(self, z):
         """The autoencoder's latents -> what diffusion sees."""
@@ -360,125 +501,182 @@ class LatentSpace(nn.Module):
         return self.vae.decode(x * self.std + self.mean).sample.float()
 
 
-STATISTICS_IMAGES = 1024  # from which mean and standard deviation are measured
+STATISTICS_IMAGES = 1024  # from which mean and std are measured
 
 
 def measure_latents(vae, stream, count, machine):
-    """Mean and standard deviation of each channel of drawn latents, (nz,) each, over `count` batches of `stream`.
+    """Mean and std of each channel of sampled latents, (nz,) each, over `count` batches of `stream`.
 
-    Drawn latents vary by the spread of the means and by the posteriors' own variance; both are added up
-    without drawing.
+    Sampled latents vary by the spread of the means and by the posteriors' own variance; both are added up
+    without sampling.
     """
-    space = LatentSpace(vae, *torch.zeros(2, vae.config.latent_dim, device=machine.device))
-    first, second = 0.0, 0.0
+    first, second = 0.0, 0.0  # moments
     for _ in range(count):
-        images, _ = _with_label(next(stream))
+        images, _ = next(stream)
         with machine.autocast():
-            mean, std = (a.cpu().double() for a in space.posterior(machine.images(images)))  # (B, nz, h, w)
+            mean, std = posterior(vae, machine.images(images))  # (B, nz, h, w)
+        mean, std = mean.cpu().double(), std.cpu().double()
         first = first + mean.mean(dim=(0, 2, 3)) / count
         second = second + (mean**2 + std**2).mean(dim=(0, 2, 3)) / count
     first, second = machine.average(torch.stack([first, second])).cpu()
     return first.float(), (second - first**2).clamp_min(1e-12).sqrt().float()  # a dead channel stays 0
 
 
-def _with_label(batch):
-    """What the loader gives as (items, labels), labels None where there are none."""
-    return batch if isinstance(batch, (list, tuple)) else (batch, None)
-
-
 BUILT_IN_CACHE = 8192  # how many of the endless built-in images --cache-latents takes
 
 
 class CachedLatents:
-    """Posteriors of a fixed set of images, encoded once: position -> (2, nz, h, w) float16, mean and deviation.
+    """Posteriors of a fixed set of images, encoded once: position -> ((2, nz, h, w) float16, label), mean and std.
 
     The usual way around a heavy encoder (Sec. 1), for comparison: crops are lost and disk space is needed.
     Flips are kept, by encoding each image twice: no encoder promises that a flipped image's latent is the
-    flipped latent. The set is shuffled anew each epoch; with labels, items are ((2, nz, h, w), label).
+    flipped latent. The set is shuffled anew each epoch.
     """
 
-    def __init__(self, folder, seed, labelled):
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")  # (N, 2 flips, 2, nz, h, w)
-        self.labels = np.load(folder / "labels.npy") if labelled else None
-        self.seed, self.order = seed, Shuffled(len(self.moments), seed)
+    def __init__(self, path, seed):
+        cache = torch.load(path, weights_only=True, mmap=True)
+        self.moments, self.labels = cache["moments"], cache["labels"]  # (N, 2 flips, 2, nz, h, w), (N,)
+        self.seed = seed
 
     def __getitem__(self, position):
-        index = self.order[position]
+        epoch, index = divmod(position, len(self.moments))
+        index = train.permutation(len(self.moments), self.seed, epoch)[index]
         flip = np.random.default_rng((self.seed, 1, position)).integers(2)
-        moments = torch.from_numpy(self.moments[index, flip].copy())
-        return moments if self.labels is None else (moments, int(self.labels[index]))
+        return self.moments[index, flip].clone(), int(self.labels[index])
 
 
-def cache_latents(folder, images, count, space, shape, machine, batch_size, workers):
-    """Encode `count` images and their mirror images into `folder`, shared by the processes.
+def cache_latents(path, dataset, vae, args, machine):
+    """Encode the images of `dataset` and their mirror images into `path`, unless that is there already.
 
-    `shape` is a latent's, (nz, h, w). The folder appears when it is complete. UsageError if there is one already
-    that was made from something else.
+    UsageError if it was made from something else: other images, another resolution or another autoencoder.
     """
-    # The folder knows what it was made from: a resumed run takes it up, another one is refused.
-    checksum = 0
-    for tensor in space.vae.state_dict().values():
-        checksum = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
-    names = "\n".join(images.files) if hasattr(images, "files") else f"built-in {images.seed} {images.clutter}"
-    about = f"{count} images ({zlib.crc32(names.encode()):08x}), latents {shape}, autoencoder {checksum:08x}\n"
-    if folder.exists():
-        if (folder / "about.txt").read_text() != about:
-            raise UsageError(f"{folder} holds latents of other images or of another autoencoder: delete that folder, "
-                             "or choose another --out")
+    if args.data:
+        images = train.ImageFolder(dataset.files, args.resolution, augment=False, labels=dataset.labels)
+        count, names = len(images), "\n".join(images.files)
+    else:
+        images, count, names = dataset, BUILT_IN_CACHE, f"built-in {args.seed} {args.clutter}"
+    weights = 0
+    for tensor in vae.state_dict().values():
+        weights = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), weights)
+    made_from = {"count": count, "images": zlib.crc32(names.encode()), "resolution": args.resolution, "vae": weights}
+    if path.exists():
+        if torch.load(path, weights_only=True, mmap=True)["made_from"] != made_from:
+            raise train.UsageError(f"{path} holds latents of other images or of another autoencoder: delete it, or "
+                                   "choose another --out")
         return
-    partial = Path(f"{folder}.partial")
+    moments, labels = [], []
+    stream = train.batches(images, args.batch_size, 0, machine, args.workers, count)
+    with train.progress_bar(count, desc="encoding", disable=machine.rank > 0) as bar:
+        for image, label in stream:
+            image = machine.images(image)
+            views = []
+            for view in (image, image.flip(-1)):
+                with machine.autocast():
+                    views.append(torch.stack(posterior(vae, view), dim=1))  # (B, 2, nz, h, w)
+            whole = machine.gather(torch.stack(views, dim=1).half())  # (world * B, 2, 2, nz, h, w)
+            label = machine.gather(label.to(machine.device))
+            if machine.rank == 0:
+                moments.append(whole.cpu())
+                labels.append(label.cpu())
+            bar.update(len(whole))
     if machine.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        np.lib.format.open_memmap(partial / "moments.npy", "w+", np.float16, (count, 2, 2, *shape))
-        np.lib.format.open_memmap(partial / "labels.npy", "w+", np.int64, (count,))
-        (partial / "about.txt").write_text(about)
-    machine.wait()
-    moments, labels = (np.lib.format.open_memmap(partial / name, "r+") for name in ("moments.npy", "labels.npy"))
-    mine = range(machine.rank, count, machine.world)
-    loader = DataLoader(images, batch_size, sampler=mine, num_workers=workers, worker_init_fn=ignore_signals)
-    progress = Progress(0, len(mine))
-    for first, batch in zip(range(0, len(mine), batch_size), loader):
-        image, label = _with_label(batch)
-        rows, image = list(mine[first:first + batch_size]), machine.images(image)
-        for flip, view in enumerate((image, image.flip(-1))):
-            with machine.autocast():
-                mean, std = space.posterior(view)
-            moments[rows, flip] = torch.stack([mean, std], dim=1).half().cpu().numpy()
-        if label is not None:
-            labels[rows] = label
-        if machine.rank == 0:
-            progress.show(first + len(rows), "images encoded for --cache-latents")
-            for path in getattr(images, "unreadable", list)():
-                progress.say(f"skipped, cannot be read: {path}")
-    moments.flush()
-    labels.flush()
-    machine.wait()
-    if machine.rank == 0:
-        os.replace(partial, folder)
+        write_checkpoint(path, {"made_from": made_from, "moments": torch.cat(moments)[:count],
+                                "labels": torch.cat(labels)[:count]})
     machine.wait()
 
 
-# ------------------------------------------------------------------------------------------------------
-# 5  Images
-# ------------------------------------------------------------------------------------------------------
+# --- 6  Checkpoints -----------------------------------------------------------------------------------
 
 
-class ImageNoise:
-    """Standard normal noise for numbered images: what an image gets depends on seed, number and turn alone."""
+# The autoencoder travels in the diffusion checkpoint, rather than its path and a checksum: latents mean
+# something to that very autoencoder alone, and files get moved, trained on and deleted. It adds 0.2 GB with
+# Stable Diffusion's decoder, where the state of the "ldm" network and its optimiser is 4.4 GB.
+LDM_FORMAT = "litevae-ldm-1"
 
-    def __init__(self, seed, numbers):
-        seeds = (int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]) for i in numbers)
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
 
-    def __call__(self, shape, rows=None):
-        """(len(rows), *shape), the next noise of the images at `rows`, or of all."""
-        generators = self.generators if rows is None else [self.generators[i] for i in rows]
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+def save_ldm(path, denoiser, ema, space, classes, resolution, **extra):
+    """Write a Denoiser, the same with the EMA weights, its LatentSpace and `extra` to `path`."""
+    vae = space.vae
+    write_checkpoint(path, {
+        "format": LDM_FORMAT, "config": dict(denoiser.net.config), "model": dict(denoiser.state_dict()),
+        "ema": dict(ema.state_dict()), "classes": classes, "resolution": resolution,
+        "latent_mean": space.mean.flatten(), "latent_std": space.std.flatten(),
+        "vae": {"config": dict(vae.config), "model": dict(vae.state_dict())}, **extra})
+
+
+def load_ldm(path):
+    """The dict that save_ldm wrote. FileNotFoundError or CheckpointError, in one sentence."""
+    checkpoint = load_checkpoint(path, LDM_FORMAT)
+    needed = {"config", "model", "ema", "vae", "latent_mean", "latent_std", "resolution", "classes"}
+    missing = needed - checkpoint.keys()
+    if missing:  # above all: latents of an unknown scale cannot be decoded
+        raise CheckpointError(f"{path} holds no {' and no '.join(sorted(missing))}: it is no diffusion checkpoint")
+    return checkpoint
+
+
+def build(checkpoint, ema=True):
+    """The Denoiser, with EMA weights or without, and the LatentSpace of a checkpoint. CheckpointError."""
+    denoiser = load_weights(lambda: Denoiser(UNet(**checkpoint["config"])), checkpoint["ema" if ema else "model"])
+    vae = LiteVAE.from_checkpoint(checkpoint["vae"])
+    return denoiser, LatentSpace(vae, checkpoint["latent_mean"], checkpoint["latent_std"])
+
+
+# --- 7  Sampling images -------------------------------------------------------------------------------
 
 
 GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
 CHURN_RANGE, CHURN_NOISE = (0.05, 50.0), 1.003  # of --churn. EDM's values for ImageNet, Table 5
+
+
+def sample(args):
+    """Write images in batches, each from noise of its own, so that the batch size changes nothing."""
+    checkpoint = load_ldm(args.ldm)
+    classes = checkpoint["classes"]
+    for name in args.classes or []:
+        if name not in classes:
+            raise train.UsageError(f"--class {name} is unknown: " + (
+                f"the classes are {', '.join(classes)}" if classes else "this model was trained without classes"))
+    denoiser, space = build(checkpoint, ema=not args.raw_weights)
+    height, width = args.size or (checkpoint["resolution"], checkpoint["resolution"])
+    machine = train.Machine(args.device, args.precision)
+    for module in (denoiser, space):
+        module.to(machine.device, memory_format=machine.memory_format).eval().requires_grad_(False)
+    churn = {"churn": args.churn, "churn_min": args.churn_range[0], "churn_max": args.churn_range[1],
+             "churn_noise": args.churn_noise} if args.churn else {}
+    # On a CPU the decoder's feature maps leave the cache in larger batches.
+    batch_size = args.batch_size or (8 if machine.device.type == "cpu" else 64)
+
+    out = args.out or fresh_folder(Path(args.ldm).parent / "samples")
+    folder = out / "images"
+    if folder.exists() and any(folder.iterdir()):
+        raise train.UsageError(f"{folder} already holds images: choose another --out")
+    machine.wait()  # before the first of them makes the folder
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = range(machine.rank, args.n, machine.world)
+    status = 0
+    try:
+        with train.progress_bar(len(mine), disable=machine.rank > 0) as bar:
+            for first in range(0, len(mine), batch_size):
+                numbers = mine[first:first + batch_size]
+                label = class_labels(numbers, classes, args.classes, machine)
+                images = draw(denoiser, space, machine, ImageNoise(args.seed, numbers), height // 8, width // 8,
+                              args.steps, label, args.guidance, **churn)
+                if not images.isfinite().all():
+                    raise train.UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
+                for number, image in zip(numbers, images):
+                    pixels = (train.to_pixels(image) * 255).round().byte().permute(1, 2, 0)  # (H, W, 3)
+                    Image.fromarray(pixels.numpy()).save(folder / f"{number:06}.png")
+                bar.update(len(numbers))
+    except KeyboardInterrupt:
+        status = 130
+    machine.wait()
+    files = sorted(folder.glob("*.png"))
+    if machine.rank == 0 and files:
+        shown = [torch.from_numpy(np.array(train.open_rgb(path))).permute(2, 0, 1) / 127.5 - 1 for path in files[:64]]
+        train.save_grid(out / "grid.png", [shown[i:i + 8] for i in range(0, len(shown), 8)])
+        print(f"{'stopped; ' if status else ''}{len(files)} images of {height}x{width}: {folder}, the first of them: "
+              f"{out / 'grid.png'}")
+    return status
 
 
 @torch.no_grad()
@@ -489,258 +687,29 @@ def draw(denoiser, space, machine, noise, h, w, steps=18, label=None, guidance=1
     sigmas, denoise = sigma_schedule(steps), guided(denoiser, label, guidance)
     with machine.autocast():
         x = sigmas[0] * randn()  # (B, nz, h, w)
-        x = stochastic_sampler(denoise, x, sigmas, randn, **churn) if churn.get("churn") else \
-            heun_sampler(denoise, x, sigmas)
+        x = stochastic_sampler(denoise, x, sigmas, randn, **churn) if churn else heun_sampler(denoise, x, sigmas)
         return space.decode(x).clamp(-1, 1).cpu()
 
 
+class ImageNoise:
+    """Standard normal noise for numbered images: what an image gets depends on seed, number and turn alone."""
+
+    def __init__(self, seed, numbers):
+        seeds = [int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]) for i in numbers]
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def __call__(self, shape, rows=None):
+        """(len(rows), *shape), the next noise of the images at `rows`, or of all."""
+        generators = self.generators if rows is None else [self.generators[i] for i in rows]
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+
+
 def class_labels(numbers, classes, names, machine):
-    """Labels of numbered images, which take turns through `names` (all classes if None): (B,), None without classes."""
+    """One label per image, cycling through `names` (all classes if None): (B,), or None without classes."""
     if not classes:
         return None
     turn = [classes.index(name) for name in names or classes]
     return torch.tensor([turn[i % len(turn)] for i in numbers], device=machine.device)
-
-
-# ------------------------------------------------------------------------------------------------------
-# 6  The step
-# ------------------------------------------------------------------------------------------------------
-
-
-class DiffusionTask:
-    """The denoiser in the latent space of a frozen autoencoder, and one update of it; what `fit` runs."""
-
-    shown = ["loss", "encode_share"]
-    fields = ["loss", "grad_norm", "lr", "encode_share", "val_loss"]
-
-    def __init__(self, args, machine, denoiser, space, held_out, classes=()):
-        self.args, self.machine, self.held_out, self.classes = args, machine, held_out, list(classes)
-        self.space = space.to(machine.device, memory_format=machine.memory_format)
-        self.denoiser = denoiser.to(machine.device, memory_format=machine.memory_format).train()
-        self.ema = EMA(self.denoiser, args.ema)
-        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), args.lr, (args.beta1, args.beta2), fused=True)
-        self.skipped = 0
-        if args.compile:
-            self.denoiser.net.compile()
-        self.parallel = machine.parallel(self.denoiser)
-
-    def step(self, batch, step, log):
-        args, machine = self.args, self.machine
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.lr, args.lr_warmup, args.lr_decay_after)
-        items, label = _with_label(batch)
-        started = machine.now() if log else None
-
-        # Encoding on the fly is what a light encoder buys: every epoch sees other crops.
-        if args.cache_latents:
-            mean, std = items.to(machine.device).float().unbind(1)  # (B, nz, h, w) each
-        else:
-            with machine.autocast():
-                mean, std = self.space.posterior(machine.images(items))
-        encoded = machine.now() if log else None
-
-        # An encoded image serves for several draws of posterior, noise level and noise, each an example.
-        mean, std = (a.repeat_interleave(args.noise_draws, 0) for a in (mean, std))  # (B * draws, nz, h, w)
-        x = self.space.normalise(mean + std * machine.randn(mean.shape))
-        if label is not None:
-            label = label.to(machine.device).repeat_interleave(args.noise_draws, 0)
-            quantile = torch.special.ndtri(torch.tensor(args.class_dropout)).item()  # randn is below it that often
-            none = torch.full_like(label, len(self.classes))
-            label = torch.where(machine.randn(label.shape) < quantile, none, label)  # for classifier-free guidance
-        sigma = noise_levels(machine.randn((len(x),)), args.noise_mean, args.noise_std)
-        with machine.autocast():
-            loss = diffusion_loss(self.parallel, x, sigma, machine.randn(x.shape), label)
-        norm = optimizer_step(loss, self.denoiser.parameters(), self.optimizer, args.clip)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            self.ema.update(self.denoiser)
-        values = {"loss": loss.detach(), "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
-        if log:
-            values["encode_share"] = (encoded - started) / (machine.now() - started)
-        return {**values, "finite": finite}
-
-    @torch.no_grad()
-    def report(self, step):
-        """The averaged weights' loss on held-out images, at noise levels and noise that never change, and samples."""
-        losses, count, size = [], len(self.held_out), self.args.batch_size
-        # One level for each image, at evenly spaced quantiles of the levels that are trained.
-        sigmas = noise_levels(torch.special.ndtri((torch.arange(count) + 0.5) / count), self.args.noise_mean,
-                              self.args.noise_std)
-        noise = ImageNoise(0, range(count))
-        for first in range(0, count, size):
-            rows = range(first, min(first + size, count))
-            images, labels = zip(*(_with_label(self.held_out[i]) for i in rows))
-            label = torch.tensor(labels, device=self.machine.device) if self.classes else None
-            with self.machine.autocast():
-                mean, _ = self.space.posterior(self.machine.images(torch.stack(images)))
-                x = self.space.normalise(mean)  # (B, nz, h, w)
-                eps = noise(x.shape[1:], rows).to(x)
-                losses += [len(rows) * diffusion_loss(self.ema.model, x, sigmas[first:first + size].to(x), eps, label)]
-        n = 16
-        images = draw(self.ema.model, self.space, self.machine, ImageNoise(0, range(n)), self.args.resolution // 8,
-                      self.args.resolution // 8, label=class_labels(range(n), self.classes, None, self.machine),
-                      guidance=GUIDANCE)
-        save_grid(Path(self.args.out) / f"samples-{step:06}.png", [images[i:i + 8] for i in range(0, n, 8)])
-        return {"val_loss": (sum(losses) / count).item()}
-
-    def save(self, step):
-        vae = self.space.vae
-        write_checkpoint(Path(self.args.out) / "checkpoint.pt", {
-            "format": LDM_FORMAT, "config": dict(self.denoiser.net.config), "model": dict(self.denoiser.state_dict()),
-            "ema": dict(self.ema.model.state_dict()), "classes": self.classes, "resolution": self.args.resolution,
-            "latent_mean": self.space.mean.flatten(), "latent_std": self.space.std.flatten(),
-            "vae": {"config": dict(vae.config), "model": dict(vae.state_dict())}, "step": step,
-            "training": {"optimizer": self.optimizer.state_dict()["state"], "ema_updates": self.ema.updates,
-                         "skipped": self.skipped},
-            "args": {k: v for k, v in vars(self.args).items() if v is not None}})
-
-    def resume(self, checkpoint):
-        """Take up everything `save` wrote."""
-        training = checkpoint["training"]
-        self.denoiser.load_state_dict(checkpoint["model"])
-        self.ema.model.load_state_dict(checkpoint["ema"])
-        self.ema.updates, self.skipped = training["ema_updates"], training["skipped"]
-        load_optimizer(self.optimizer, training["optimizer"])
-
-
-# The autoencoder travels in the diffusion checkpoint, rather than its path and a checksum: latents mean
-# something to that very autoencoder alone, and files get moved, trained on and deleted. It adds 0.2 GB with
-# Stable Diffusion's decoder, where the state of the "ldm" network and its optimiser is 4.4 GB.
-LDM_FORMAT = "litevae-ldm-1"
-
-
-def load_ldm(path):
-    """The dict that DiffusionTask.save wrote. FileNotFoundError or ValueError, in one sentence."""
-    checkpoint = load_checkpoint(path, LDM_FORMAT)
-    needed = {"config", "model", "ema", "vae", "latent_mean", "latent_std", "resolution", "classes"}
-    missing = needed - checkpoint.keys()
-    if missing:  # above all: latents of an unknown scale cannot be decoded
-        raise ValueError(f"{path} holds no {' and no '.join(sorted(missing))}: it is no whole diffusion checkpoint")
-    return checkpoint
-
-
-def build(checkpoint, ema=True):
-    """The denoiser, with averaged or with raw weights, and the latent space of a checkpoint."""
-    denoiser = Denoiser(UNet(**checkpoint["config"]))
-    denoiser.load_state_dict(checkpoint["ema" if ema else "model"])
-    return denoiser, LatentSpace(LiteVAE.from_state(checkpoint["vae"]), checkpoint["latent_mean"],
-                                 checkpoint["latent_std"])
-
-
-# ------------------------------------------------------------------------------------------------------
-# 7  Commands
-# ------------------------------------------------------------------------------------------------------
-
-
-def class_of(file, root):
-    """The class of an image: the first folder on the way from `root` to it, "" where there is none."""
-    parts = Path(file).relative_to(root).parts
-    return parts[0] if len(parts) > 1 else ""
-
-
-def prepare(args, machine, checkpoint):
-    """The task, its data set and the step to start from."""
-    classes, label = [], None
-    if args.class_cond:
-        classes = checkpoint["classes"] if args.resume else \
-            sorted({class_of(file, args.data) for file in find_images(args.data)})
-        if "" in classes or len(classes) < 2:
-            raise UsageError("--class-cond takes the sub-folders of --data for classes: there must be two or more, and "
-                             f"every image of {args.data} in one of them")
-
-        def label(file, root):
-            if class_of(file, root) not in classes:
-                raise UsageError(f"{file} is in no folder that is named like one of the {len(classes)} classes")
-            return classes.index(class_of(file, root))
-
-    torch.manual_seed(args.seed)
-    dataset, held_out, about = open_images(args, label, args.clutter)
-    workers = machine.workers(args.workers)
-    if args.resume:
-        denoiser, space = rebuilt(lambda: build(checkpoint, ema=False), "--resume")
-    else:
-        vae = rebuilt(lambda: LiteVAE.from_state(checkpoint), "--vae").eval().requires_grad_(False)
-        vae.to(machine.device, memory_format=machine.memory_format)
-        denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
-        count = -(-STATISTICS_IMAGES // args.batch_size)
-        if machine.rank == 0:
-            print(f"measuring the latents of {count * args.batch_size} training images", flush=True)
-        stream = batches(dataset, args.batch_size, 0, machine, workers)
-        space = LatentSpace(vae, *measure_latents(vae, stream, count, machine))
-    task = DiffusionTask(args, machine, denoiser, space, held_out, classes)
-    start = 0
-    if args.resume:
-        task.resume(checkpoint)
-        start = checkpoint["step"]
-    side, nz = args.resolution // 8, space.vae.config.latent_dim
-    about = f"latent {side}x{side}x{nz}; {f'{len(classes)} classes; ' if classes else ''}{about}"
-    announce(f"the {args.model} denoiser", denoiser, about, args, machine, start)
-    if args.cache_latents:
-        folder = Path(args.out) / "latents"
-        images, count = (dataset, BUILT_IN_CACHE) if not args.data else \
-            (ImageFolder(dataset.files, args.resolution, augment=False, labels=dataset.labels), len(dataset))
-        cache_latents(folder, images, count, task.space, (nz, side, side), machine, args.batch_size, workers)
-        dataset = CachedLatents(folder, args.seed, labelled=bool(classes))
-    return task, dataset, start
-
-
-def sample(args):
-    """Write images in batches, each from noise of its own, so that the batch size changes nothing."""
-    checkpoint = load_or_say(load_ldm, args.ldm, "--ldm")
-    classes = checkpoint["classes"]
-    for name in args.classes or []:
-        if name not in classes:
-            raise UsageError(f"--class {name} is unknown: " + (f"the classes are {', '.join(classes)}" if classes else
-                                                               "this model was trained without classes"))
-    if args.guidance is not None and not classes:
-        raise UsageError("--guidance is towards a class, and this model was trained without: leave the option out")
-    churn = {"churn": args.churn or 0.0}
-    if args.churn:
-        churn_min, churn_max = args.churn_range or CHURN_RANGE
-        churn |= {"churn_min": churn_min, "churn_max": churn_max,
-                  "churn_noise": CHURN_NOISE if args.churn_noise is None else args.churn_noise}
-    denoiser, space = rebuilt(lambda: build(checkpoint, ema=not args.raw_weights), "--ldm")
-    height, width = args.size or (checkpoint["resolution"],) * 2
-    machine = Machine(args.device, args.precision)
-    size = args.batch_size or (16 if machine.device.type == "cpu" else 64)
-    for module in (denoiser, space):
-        module.to(machine.device, memory_format=machine.memory_format).eval().requires_grad_(False)
-
-    out = args.out or fresh_folder(Path(args.ldm).parent / "samples")
-    folder = out / "images"
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} already holds images: choose another --out")
-    machine.wait()  # before the first of them makes the folder
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = range(machine.rank, args.n, machine.world)
-    progress, done = Progress(0, len(mine)), 0
-    status = 0
-    try:
-        for first in range(0, len(mine), size):
-            numbers = mine[first:first + size]
-            label = class_labels(numbers, classes, args.classes, machine)
-            images = draw(denoiser, space, machine, ImageNoise(args.seed, numbers), height // 8, width // 8, args.steps,
-                          label, GUIDANCE if args.guidance is None else args.guidance, **churn)
-            if not images.isfinite().all():
-                raise UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
-            for number, image in zip(numbers, images):
-                pixels = (to_pixels(image) * 255).round().byte().permute(1, 2, 0)
-                Image.fromarray(pixels.numpy()).save(folder / f"{number:06}.png")
-            done += len(numbers)
-            if machine.rank == 0:
-                progress.show(done, "images")
-    except KeyboardInterrupt:
-        status = 130
-    machine.wait()
-    if machine.rank == 0:
-        shown = sorted(folder.glob("*.png"))[:64]
-        if shown:
-            grid = [torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1) / 127.5 - 1 for path in shown]
-            save_grid(out / "grid.png", [grid[i:i + 8] for i in range(0, len(grid), 8)])
-            count = len(list(folder.glob("*.png")))
-            progress.say(f"{'stopped; ' if status else ''}{count} images of {height}x{width}: {folder}, the first of "
-                         f"them: {out / 'grid.png'}")
-    return status
 
 
 def fresh_folder(path):
@@ -752,133 +721,114 @@ def fresh_folder(path):
     return fresh
 
 
-# ------------------------------------------------------------------------------------------------------
-# 8  Arguments
-# ------------------------------------------------------------------------------------------------------
+# --- 8  Options ---------------------------------------------------------------------------------------
+
+
+# What both recipes share.
+COMMON = dict(
+    data=None, val=None, vae=None, resume=False, seed=0, workers=None, device=None, precision="auto", compile=False,
+    clip=1.0, resolution=None, cache_latents=False, clutter=0.0, class_cond=False, class_dropout=0.1)
 
 # What `sample_ldm.py train --vae CKPT` runs: under ten minutes on two CPU cores, which make and encode the images
 # too. Noise levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
-    model="quick", steps=2000, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
+    COMMON, model="quick", steps=2000, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
     lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay_after=1000, ema=0.998, save_every=500, log_every=20)
 
 # What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for
 # latents (Karras et al. 2024), ln sigma of mean -0.4 at sigma_data = 0.5.
 DATA = dict(
-    model="small", steps=30_000, batch_size=128, noise_draws=1, noise_mean=0.3, noise_std=1.0,
+    COMMON, model="small", steps=30_000, batch_size=128, noise_draws=1, noise_mean=0.3, noise_std=1.0,
     lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay_after=0, ema=0.9999, save_every=2_000, log_every=50)
 
 
+OPTIONS = {
+    **train.run_options("the denoiser"),
+    "latents": {
+        "vae": (str, "the autoencoder: a checkpoint of train.py, whose EMA weights are taken, or a released Stable "
+                     "Diffusion autoencoder. --resolution is by default the one it was trained at"),
+        "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out; without it "
+                                "images are encoded on the fly, with crops and flips"),
+        "clutter": (train.non_negative, "of the built-in images: 0 are a few large, smooth boxes and ellipses, 1 is "
+                                        "what train.py learns from")},
+    "diffusion": {
+        "model": (list(PRESETS), "quick on a CPU, small for an hour on one GPU, ldm is the paper's"),
+        "noise_draws": (train.positive_int, "examples made of each encoded image, each with its own noise"),
+        "noise_mean": (train.number, "mean of ln sigma in training, P_mean of EDM"),
+        "noise_std": (train.positive, "std of ln sigma in training, P_std of EDM"),
+        "class_cond": (bool, "learn the classes that the sub-folders of --data name"),
+        "class_dropout": (train.fraction, "share of examples trained without their class, for guidance")},
+    **train.OPTIMISER_OPTIONS,
+}
+
+
 def build_parser():
-    """The parser of both commands, and the Options of train."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     about = "Train a denoiser on the latents of an autoencoder, which the checkpoint then holds too."
-    options = Options(commands.add_parser("train", help=about, description=about), QUICK_START, DATA)
-    add_run_options(options, "runs/ldm", "updates of the denoiser", " (default: that of the autoencoder's training)")
-    options.add("--compile", "torch.compile the denoiser: a slow start, then faster steps", action="store_true")
-
-    options.group("latents")
-    options.add("--vae", "the autoencoder: a checkpoint of train.py, whose averaged weights are taken, or a released "
-                "Stable Diffusion autoencoder", metavar="CKPT")
-    options.add("--cache-latents", "encode every image and its mirror image once, before training, into --out; without "
-                "it images are encoded on the fly, with crops and flips", action="store_true")
-
-    options.add("--clutter", "of the built-in images: 0 are a few large, smooth boxes and ellipses, 1 is what train.py "
-                "learns from", type=float, default=0.0)
-
-    options.group("diffusion")
-    options.add("--model", "the denoiser: quick on a CPU, small for an hour on one GPU, ldm is the paper's",
-                choices=list(PRESETS))
-    options.add("--noise-draws", "examples made of each encoded image, each with noise of its own", type=int)
-    options.add("--noise-mean", "mean of ln sigma in training, P_mean of EDM", type=float)
-    options.add("--noise-std", "standard deviation of ln sigma in training, P_std of EDM", type=float)
-    options.add("--class-cond", "learn the classes that the sub-folders of --data name", action="store_true")
-    options.add("--class-dropout", "share of examples trained without their class, for guidance", type=float,
-                default=0.1)
-    add_optimiser_options(options)
+    train.add_options(commands.add_parser("train", help=about, description=about), OPTIONS, QUICK_START, DATA)
 
     about = "Write images of a trained diffusion model: DIR/grid.png, and one PNG file an image into DIR/images, a " \
             "folder that `eval.py fid` reads."
     add = commands.add_parser("sample", help=about, description=about).add_argument
     add("--ldm", metavar="CKPT", required=True, help="checkpoint of sample_ldm.py train")
-    add("-n", type=int, default=64, help="how many (default: 64)")
-    add("--steps", type=int, default=18, help="noise levels; all but the last cost two evaluations (default: 18)")
-    add("--seed", type=int, default=0, help="image i depends on it and on i, not on how many there are (default: 0)")
-    add("--batch-size", type=int, metavar="B",
-        help="images at a time: speed and memory, not results, rounding aside (default: 64, on a CPU 16)")
-    add("--size", metavar="S|HxW", help="pixels, multiples of 8, for example 64x96 (default: that of training)")
+    add("-n", type=train.positive_int, default=64, help="how many (default: 64)")
+    add("--steps", type=train.positive_int, default=18, help="noise levels; all but the last cost two evaluations "
+        "(default: 18)")
+    add("--seed", type=train.seed, default=0, help="image i depends on it and on i alone (default: 0)")
+    add("--batch-size", type=train.positive_int, help="images at a time: speed and memory, not results, rounding aside "
+        "(default: 64, on a CPU 8)")
+    add("--size", type=size, metavar="S|HxW", help="pixels, multiples of 8, such as 64x96 (default: that of training)")
     add("--out", metavar="DIR", type=Path, help="(default: samples beside the checkpoint, or samples-2, -3, ...)")
     add("--class", dest="classes", metavar="NAME", nargs="+", help="classes, in turn (default: all of them)")
-    add("--guidance", type=float,
-        help=f"classifier-free guidance, for a model with classes; 1 is none (default: {GUIDANCE})")
-    add("--churn", type=float,
-        help="S_churn of EDM's stochastic sampler, Algorithm 2, for example 40; 0 is Heun's, Algorithm 1 (default: 0)")
-    add("--churn-range", type=float, nargs=2, metavar=("MIN", "MAX"),
+    add("--guidance", type=train.number, default=GUIDANCE, help="classifier-free guidance, for a model with classes; 1 "
+        f"is none (default: {GUIDANCE})")
+    add("--churn", type=train.non_negative, default=0.0, help="S_churn of EDM's stochastic sampler, Algorithm 2, for "
+        "example 40; 0 is Heun's, Algorithm 1 (default: 0)")
+    add("--churn-range", type=train.non_negative, nargs=2, metavar=("MIN", "MAX"), default=CHURN_RANGE,
         help="noise levels at which it acts, S_tmin and S_tmax (default: {} {})".format(*CHURN_RANGE))
-    add("--churn-noise", type=float, help=f"S_noise (default: {CHURN_NOISE})")
-    add("--raw-weights", action="store_true", help="the raw weights instead of the averaged ones")
+    add("--churn-noise", type=train.non_negative, default=CHURN_NOISE, help=f"S_noise (default: {CHURN_NOISE})")
+    add("--raw-weights", action="store_true", help="the raw weights instead of the EMA weights")
     add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="bf16 runs the networks in bfloat16; auto does where the GPU is built for it (default: auto)")
-    return parser, options
+    return parser
 
 
-def complete_train(args, options):
-    """Fill `args` up from the recipe or the checkpoint, and check them; returns the checkpoint to start from."""
-    given, recipe, checkpoint = complete(args, options, "runs/ldm", load_ldm)
-    if not args.resume:
-        if not args.vae:
-            raise UsageError("--vae is missing: give a checkpoint of train.py, for one runs/quickstart/checkpoint.pt")
-        checkpoint = load_or_say(load_checkpoint, args.vae, "--vae")
-        recipe["resolution"] = trained_at(checkpoint) or 256
-    for key, value in {**recipe, **given}.items():
-        setattr(args, key, value)
-    check_run(args, checkpoint)
-    if not args.resume:
-        fits_resolution(checkpoint["config"], args.resolution, "--vae")
-    at_least(1, args, "noise_draws")
-    if not args.noise_std > 0:
-        raise UsageError(f"--noise-std must be above 0, got {args.noise_std}")
-    if not 0 <= args.class_dropout <= 1:
-        raise UsageError(f"--class-dropout must be between 0 and 1, got {args.class_dropout}")
-    at_least(0, args, "clutter")
+def size(text):
+    """96 or 64x96 -> (height, width)"""
+    height, _, width = text.partition("x")
+    return train.multiple_of_8(height), train.multiple_of_8(width or height)
+
+
+def merge(typed):
+    """The options of `train` as a namespace, and the checkpoint of --resume or of --vae."""
+    typed.setdefault("out", "runs/ldm")
+    options, checkpoint = train.merge(typed, DATA if "data" in typed else QUICK_START, load_ldm)
+    if not checkpoint:
+        if not options["vae"]:
+            raise train.UsageError("--vae is missing: give a checkpoint of train.py, for one "
+                                   "runs/quickstart/checkpoint.pt")
+        checkpoint = load_checkpoint(options["vae"])
+        options["resolution"] = options["resolution"] or checkpoint.get("args", {}).get("resolution", 256)
+    args = argparse.Namespace(**options)
+    train.share_of_batch(args)
     if args.class_cond and not args.data:
-        raise UsageError("--class-cond takes its classes from the sub-folders of --data: give that too")
-    if "class_dropout" in given and not args.class_cond:
-        raise UsageError("--class-dropout is part of --class-cond: give that too, or neither")
-    if "clutter" in given and args.data:
-        raise UsageError("--clutter is for the built-in images, not for --data: leave one of them out")
-    return checkpoint
-
-
-def check_sample(args):
-    for key, smallest in (("n", 1), ("steps", 1), ("seed", 0), ("batch_size", 1)):
-        at_least(smallest, args, key)
-    for key in ("churn", "churn_noise"):
-        at_least(0, args, key)
-    if not args.churn and (args.churn_range or args.churn_noise is not None):
-        raise UsageError("--churn-range and --churn-noise shape --churn: give that too")
-    if args.size:
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", args.size)
-        args.size = match and (int(match[1]), int(match[2] or match[1]))
-        if not args.size or any(side < 8 or side % 8 for side in args.size):
-            raise UsageError("--size must be a multiple of 8, or two like 64x96, height and width")
+        raise train.UsageError("--class-cond takes its classes from the sub-folders of --data: give that too")
+    return args, checkpoint
 
 
 def main(argv=None):
     def work():
-        parser, options = build_parser()
-        args = parser.parse_args(argv)
+        args = build_parser().parse_args(argv)
         if args.command == "sample":
-            check_sample(args)
             return sample(args)
-        checkpoint = complete_train(args, options)
-        machine = Machine(args.device, args.precision)
+        args, checkpoint = merge(vars(args))
+        machine = train.Machine(args.device, args.precision)
         task, dataset, start = prepare(args, machine, checkpoint)
-        return fit(task, args, machine, dataset, start)
-    return run_script("sample_ldm.py", work)
+        return train.fit(task, args, machine, dataset, start)
+    return train.run_script("sample_ldm.py", work)
 
 
 if __name__ == "__main__":
