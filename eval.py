@@ -43,8 +43,8 @@ import train
 from litevae import LPIPS, PRESETS, LiteVAE, SDVAEEncoder, build_encoder, gaussian_blur, load_checkpoint
 
 # --- 1  Reconstruction (Table 1) ----------------------------------------------------------------------
-# PSNR, SSIM and LPIPS are computed for each image, then averaged over images. PSNR and SSIM compare what
-# train.to_pixels makes of an output: clamped to [0, 1], not rounded.
+# PSNR, SSIM and LPIPS are computed for each image, then averaged over images. All three see outputs clamped to the
+# range of images, not rounded.
 
 
 def ssim(x_hat, x):
@@ -68,8 +68,9 @@ def ssim(x_hat, x):
 
 # --- 2  FID (Heusel et al. 2017) ----------------------------------------------------------------------
 # FID compares the mean and covariance of 2048 features of an Inception network over two sets of images. Two
-# programs give the same FID only if they use the same weights and the same resize: here those of the original
-# TensorFlow code, which pytorch-fid ported. Names are those of its file, which loads strictly.
+# programs give the same FID only if they use the same weights and the same resize. Here the weights are those of the
+# original TensorFlow code, as pytorch-fid ported them (names are those of its file, which loads strictly), and the
+# resize to 299x299 is pytorch-fid's; the paper's, torch-fidelity's, is TensorFlow's.
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -360,7 +361,9 @@ def throughput(encoders, image, rounds):
 @torch.no_grad()
 def measure(vae, images, args, machine, lpips, inception):
     """Table 1's metrics over `images`: a dict of numbers, and the first eight pairs (image, reconstruction)."""
-    metrics = {"psnr": train.psnr, "ssim": ssim} | ({"lpips": lpips} if lpips else {})
+    metrics = {"psnr": train.psnr, "ssim": ssim}
+    if lpips:
+        metrics["lpips"] = lambda y, x: lpips(y.clamp(-1, 1), x)
     values = {name: [] for name in metrics}
     real, fake = FeatureStatistics(), FeatureStatistics()
     pairs, generator = [], torch.Generator().manual_seed(0)
@@ -390,7 +393,7 @@ def measure_all(args, paths, resolutions):
     lpips, inception, titles = load_metrics(args, machine, resolutions)
     records = []
     for resolution in resolutions:
-        images = Images(args.data, resolution, args.limit)
+        images = Images(args.data, resolution, args.limit, args.resize)
         for path, (vae, _) in zip(paths, vaes):
             numbers, pairs = measure(vae, images, args, machine, lpips, inception)
             records.append({"vae": path, "resolution": resolution, **numbers})
@@ -422,8 +425,9 @@ def recon(args):
 def fid_command(args):
     """FID between two sets of images (Table 7), each a folder or an .npz of saved statistics.
 
-    The .npz comes from --save-stats or from pytorch-fid. Needs the Inception weights. An image takes 0.06 s, the
-    distance 1 s.
+    The .npz comes from --save-stats or from pytorch-fid. With --resolution the images of folders become centre
+    squares of that size, as in training, so that samples and photographs have one shape. Needs the Inception
+    weights. An image takes 0.06 s, the distance 1 s.
     """
     if args.b is None and not args.save_stats:
         raise train.UsageError("fid needs two folders (or .npz files), or one and --save-stats FILE.npz")
@@ -431,12 +435,15 @@ def fid_command(args):
     inception = load_inception(args.inception).to(machine.device, memory_format=machine.memory_format)
     sources = [source for source in (args.a, args.b) if source]
     # Open both first: the images of one may take hours.
-    sets = [load_statistics(source, inception.label) if source.endswith(".npz") else Images(source, None, args.limit)
-            for source in sources]
+    sets = [load_statistics(source, inception.label) if source.endswith(".npz") else
+            Images(source, args.resolution, args.limit, args.resize) for source in sources]
     for i, images in enumerate(sets):
         if isinstance(images, Images):
+            if not args.resolution:
+                warn_about_sizes(sources[i], images.files)
             sets[i] = FeatureStatistics()
             for batch in images.batches(args.batch_size, machine):
+                batch = batch / 255 if args.resolution else batch  # [0, 1]
                 sets[i].update(inception(batch.to(machine.device, memory_format=machine.memory_format)))
         print(f"{sources[i]}: {sets[i].n or 'an unknown number of'} images")
     a, b = sets[0], sets[-1]
@@ -614,11 +621,12 @@ class Images:
 
     `source` is a folder, searched recursively, a list of files, or None: built-in images that no run trains on.
     The first `limit` of them, by default all, or 64 built-in ones. At `resolution`: uint8, the centre square,
-    resized. At None: the whole image as float in [0, 1], resized to Inception's 299x299, as FID needs it.
+    resized by `resize`, "bicubic" as in training, or "bilinear" as in LDM's evaluation. At None: the whole image as
+    float in [0, 1], resized to Inception's 299x299.
     """
 
-    def __init__(self, source, resolution, limit=None):
-        self.resolution = resolution
+    def __init__(self, source, resolution, limit=None, resize="bicubic"):
+        self.resolution, self.resize = resolution, resize
         if source is None:
             self.files, self.name = range(limit or 64), "built-in images"
         elif isinstance(source, (str, Path)):
@@ -634,11 +642,12 @@ class Images:
         if isinstance(path, int):
             return train.BuiltInImages(self.resolution, seed=2**32 - 1)[path][0]
         try:
-            pixels = train.load_image(path, self.resolution) if self.resolution else np.asarray(train.open_rgb(path))
-            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)  # (3, H, W)
+            if self.resolution and self.resize == "bicubic":
+                return train.as_tensor(train.load_image(path, self.resolution))
+            image = train.as_tensor(np.asarray(train.open_rgb(path)))  # (3, H, W)
         except Exception:  # PIL raises a dozen kinds for a dozen kinds of damage
             return path
-        return image if self.resolution else inception_resize(image[None] / 255)[0]
+        return resize_bilinear(image, self.resolution) if self.resolution else inception_resize(image[None] / 255)[0]
 
     def batches(self, batch_size, machine):
         """(B, 3, H, W) on the CPU; prints the files that cannot be read. UsageError if none can."""
@@ -657,6 +666,19 @@ class Images:
                 yield torch.stack([image for image in items if torch.is_tensor(image)])
         if unreadable == len(self):
             raise train.UsageError(f"none of the {len(self)} {self.name} can be read, {self.files[0]} for one")
+
+
+def resize_bilinear(image, resolution):
+    """The centre square as LDM's evaluation makes it: (3, H, W) uint8 -> (3, R, R) uint8.
+
+    The shorter side is resized bilinearly without antialiasing (albumentations' SmallestMaxSize), which aliases: a
+    third of Kodak's resolution is then harder by 2 dB than with the bicubic filter.
+    """
+    scale = resolution / min(image.shape[1:])
+    height, width = [max(resolution, round(side * scale)) for side in image.shape[1:]]
+    image = F.interpolate(image[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0]
+    y, x = (height - resolution) // 2, (width - resolution) // 2
+    return image[:, y:y + resolution, x:x + resolution].round().byte()
 
 
 def exact_machine(device, precision="fp32"):
@@ -732,6 +754,21 @@ def warn_about_fid(n):
     if n < 2048:
         print(f"Warning: FID from {n} images, fewer than its 2048 features, is far too large: compare it only with "
               "FIDs of as many images.")
+
+
+def warn_about_sizes(source, files):
+    """Print a warning if the images are not all of one size: each is then squashed to 299x299 from its own shape."""
+    sizes = set()
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                sizes.add(image.size)
+        except Exception:  # named when it is read
+            continue
+        if len(sizes) > 1:
+            print(f"Warning: the images of {source} are not all of one size, so this FID compares shapes too: "
+                  "--resolution R makes both sides centre squares.")
+            return
 
 
 def load_statistics(path, label):
@@ -810,7 +847,7 @@ def build_parser():
     count, multiple_of_8 = train.positive_int, train.multiple_of_8
     group = lambda: argparse.ArgumentParser(add_help=False)  # noqa: E731  options that several commands share
     general, vae, how, side, data = group(), group(), group(), group(), group()
-    metrics, inception, picture = group(), group(), group()
+    metrics, inception, picture, resize = group(), group(), group(), group()
     general.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     general.add_argument("--json", metavar="FILE", type=output_file, help="write the numbers to FILE too (default: no)")
     vae.add_argument("--vae", metavar="CKPT", required=True, help="checkpoint, or released Stable Diffusion VAE")
@@ -832,6 +869,10 @@ def build_parser():
     picture.add_argument("--out", metavar="FILE", type=output_file,
                          help="the picture (default: beside the checkpoint, named after command and data)")
 
+    resize.add_argument("--resize", choices=["bicubic", "bilinear"], default="bicubic",
+                        help="bicubic with antialiasing, as in training; bilinear without, as in LDM's evaluation and so "
+                             "the paper's (default: bicubic)")
+
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -841,14 +882,16 @@ def build_parser():
         p.set_defaults(run=run)
         return p
 
-    command("recon", recon, vae, how, side, data, metrics, inception, picture)
-    p = command("fid", fid_command, inception)
+    command("recon", recon, vae, how, side, data, resize, metrics, inception, picture)
+    p = command("fid", fid_command, resize, inception)
     p.add_argument("a", metavar="A", help="folder of images, searched recursively, or .npz of statistics")
     p.add_argument("b", metavar="B", nargs="?", help="what to compare it with; not needed with --save-stats")
     p.add_argument("--save-stats", metavar="FILE.npz", type=output_file, help="save A's statistics (default: no)")
     p.add_argument("--limit", metavar="N", type=count, help="only the first N images of a folder (default: all)")
     p.add_argument("--batch-size", metavar="B", type=count, default=16, help="images at a time (default: 16)")
-    p = command("scale", scale, how, data, metrics, inception, picture)
+    p.add_argument("--resolution", metavar="R", type=multiple_of_8, help="centre squares of R x R pixels, as in "
+                   "training (default: whole images, each squashed to 299x299)")
+    p = command("scale", scale, how, data, resize, metrics, inception, picture)
     p.add_argument("--vae", metavar="CKPT", required=True, nargs="+", help="one or several checkpoints")
     p.add_argument("--resolutions", metavar="R", type=multiple_of_8, nargs="+", default=[32, 64, 128, 256, 512],
                    help="sides of the square images in pixels (default: 32 64 128 256 512)")

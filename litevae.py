@@ -110,17 +110,17 @@ class SMC(nn.Conv2d):
     they have relative to each other and across the image, which GroupNorm erases (Fig. 3).
     """
 
-    # Differs: StyleGAN2's modulated_conv2d, which the pseudocode calls with the scales expanded over the
-    # batch, runs one grouped convolution per sample because its style depends on the data. These scales
-    # do not, so the weight is computed once and one plain convolution follows. The pseudocode also
-    # stores no stride and drops the one it is given.
+    # Differs: the pseudocode calls StyleGAN3's modulated_conv2d(..., input_gain=) with the scales expanded
+    # over the batch. That runs one grouped convolution per sample, because its style depends on the data.
+    # These scales do not, so the weight is computed once and one plain convolution follows. The pseudocode
+    # also stores no stride and drops the one it is given.
 
     def __init__(self, in_channels, out_channels=None, kernel_size=3, stride=1, padding=None, bias=True, eps=1e-8):
         padding = kernel_size // 2 if padding is None else padding
         super().__init__(in_channels, out_channels or in_channels, kernel_size, stride, padding, bias=bias)
         self.gain = nn.Parameter(torch.ones(1))
         self.scales = nn.Parameter(torch.ones(in_channels))
-        self.eps = eps  # Unspecified: 1e-8, as in StyleGAN2
+        self.eps = eps  # Unspecified: 1e-8, as in StyleGAN2 and StyleGAN3
 
     def modulated_weight(self):
         """w' times the gain: (out, in, kh, kw), each output map's w' of norm 1."""
@@ -161,10 +161,12 @@ def group_norm(channels, min_channels=1):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that also takes groups of a single value, as one 8x8 image has them at level 3."""
+    """nn.GroupNorm in its input's precision; it also takes groups of one value, as one 8x8 image has at level 3."""
 
     def forward(self, x):
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        # CUDA's autocast would return float32, twice the memory. The kernel sums in float32 in any case.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ResBlock(nn.Module):
@@ -206,6 +208,12 @@ class ResBlockWithSMC(nn.Module):
 
 def skip_connection(in_channels, out_channels):
     return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+
+def upsample(x, size):
+    """Nearest neighbours at `size`, in the precision of x: (B, C, H, W) -> (B, C, *size)."""
+    with torch.autocast(x.device.type, enabled=False):  # CUDA's autocast would return float32
+        return F.interpolate(x, size=tuple(size), mode="nearest")
 
 
 class MidBlock2D(nn.Module):
@@ -420,8 +428,11 @@ class SDVAEDecoder(nn.Module):
             for block in self.up[level].block:
                 x = block(x)  # (B, channels * ch_mult[level], H_level, W_level)
             if level > 0:
-                x = self.up[level].upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, sh, sw)
+                x = self.up[level].upsample.conv(upsample(x, (2 * x.shape[2], 2 * x.shape[3])))
+        # Float32 also under autocast: at 30 dB, bf16's rounding of an image changes the losses' gradient by 14 %.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.conv_out.weight.dtype)
+            return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, sh, sw)
 
 
 # --- 5  The autoencoder (App. G) ----------------------------------------------------------------------
@@ -689,8 +700,8 @@ def wavelet_loss(w_hat, w, eps=1e-3):
 
 def gaussian_loss(x_hat, x, kernel_size=5, sigma=1.0):
     """L1 between x - h(x) and x_hat - h(x_hat) for a Gaussian blur h (Sec. 4.3): two (B, 3, H, W) -> ()."""
-    # Unspecified: size and sigma. x - h(x) for sigma 1 keeps waves shorter than about 5 pixels, of which the
-    # level-1 bands, on 2x2 blocks, see only a part; five taps hold 99 % of that Gaussian's mass.
+    # Unspecified: size and sigma. Five taps and sigma 1, as in the code of the paper's reference [74] (whose border is
+    # reflected; here it is replicated): x - h(x) keeps waves shorter than about 5 pixels.
     d = at_least_float32(x_hat) - at_least_float32(x)  # blurring is linear: one blur of the difference serves both
     return (d - gaussian_blur(d, kernel_size, sigma)).abs().mean()
 
@@ -857,7 +868,7 @@ class UNetDiscriminator(nn.Module):
         for i, block in enumerate(self.up):
             if i > 0:
                 x = torch.cat([x, features.pop()], dim=1)
-            x = block(F.interpolate(x, size=sizes.pop(), mode="nearest"))
+            x = block(upsample(x, sizes.pop()))
         return global_logits, self.to_pixel(F.leaky_relu(x, 0.2))  # (B, 1), (B, 1, H, W)
 
 

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train
-from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoint, load_weights, write_checkpoint)
+from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoint, load_weights, upsample,
+                     write_checkpoint)
 
 # --- 1  Diffusion (App. C, EDM Sec. 5 and Table 1) ----------------------------------------------------
 # x_t = x + sigma(t) eps with eps ~ N(0, I), and EDM's choice sigma(t) = t: time is the noise level. The
@@ -92,8 +93,9 @@ def diffusion_loss(denoiser, x, sigma, noise, label=None):
 # the probability-flow ODE  dx/dsigma = (x - D(x; sigma)) / sigma,  which leads from noise to data.
 
 
-def sigma_schedule(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+def sigma_schedule(steps, sigma_min=0.004, sigma_max=160.0, rho=7.0):
     """`steps` noise levels from sigma_max to sigma_min, evenly spaced in sigma^(1/rho), then 0 (EDM Eq. 5)."""
+    # EDM's 0.002 and 80 are for data of std 0.5. Relative to data of std 1, these are the same.
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return [(top + i / max(1, steps - 1) * (bottom - top)) ** rho for i in range(steps)] + [0.0]
 
@@ -174,7 +176,7 @@ class UNet(nn.Module):
     and one more on the way up, and attention where l is in `attention`. With `scale_shift` the noise level
     scales and shifts normalised features, as in ADM; without, it is added to them, as in LDM. `classes` counts
     labels; the label `classes` itself means none. Residual branches and the output start at zero. To copy it,
-    take what follows down to _zero along, and group_norm and Config of litevae.py: torch is all they need.
+    take what follows down to _zero along, and group_norm, GroupNorm, upsample and Config of litevae.py.
     """
 
     def __init__(self, latent_dim, channels=128, ch_mult=(1, 2, 3), num_res_blocks=2, attention=(1, 2),
@@ -305,7 +307,7 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
-        return super().forward(F.interpolate(x, size=tuple(size), mode="nearest"))
+        return super().forward(upsample(x, size))
 
 
 def _zero(conv):
@@ -357,8 +359,8 @@ class DiffusionTask:
         sigma = noise_levels(machine.randn((len(x),)), args.noise_mean, args.noise_std)
         with machine.autocast():
             loss = diffusion_loss(self.parallel, x, sigma, machine.randn(x.shape), label)
-        grad_norm = train.update(loss, self.denoiser, self.optimizer, lr, args.clip)
-        finite = bool(torch.isfinite(grad_norm))
+        grad_norm = train.backward(loss, self.denoiser, self.optimizer, args.clip)
+        [finite] = train.update([self.optimizer], [grad_norm], lr)
         if finite:
             self.ema.update(self.denoiser)
         values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "finite": finite}
@@ -625,7 +627,7 @@ def build(checkpoint, ema=True):
 
 
 GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
-CHURN_RANGE, CHURN_NOISE = (0.05, 50.0), 1.003  # of --churn. EDM's values for ImageNet, Table 5
+CHURN_RANGE, CHURN_NOISE = (0.1, 100.0), 1.003  # of --churn. EDM's values for ImageNet, Table 5, at std 1 instead of 0.5
 
 
 def sample(args):

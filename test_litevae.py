@@ -36,6 +36,7 @@ import scipy.linalg
 import scipy.ndimage
 import scipy.signal
 import skimage.metrics
+import skimage.transform
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -269,6 +270,30 @@ def test_no_decoder_norm_has_groups_of_less_than_four_channels(channels):
     with torch.device("meta"):
         norms = [m for m in SDVAEDecoder(channels=channels).modules() if isinstance(m, nn.GroupNorm)]
     assert norms and all(m.num_channels // m.num_groups >= 4 for m in norms)
+
+
+class CUDAAutocast(torch.overrides.TorchFunctionMode):
+    """On a CPU what CUDA's autocast does: group_norm and upsampling get and return float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.group_norm, F.interpolate) and torch.is_autocast_enabled("cpu"):
+            args = [a.float() if torch.is_tensor(a) else a for a in args]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_smc", [False, True])
+def test_decoder_keeps_bf16_inside_and_float32_at_the_image(use_smc):
+    decoder = randomise(SDVAEDecoder(4, 16, use_smc=use_smc), 0.02)
+    z, kept = torch.randn(2, 4, 4, 6), []
+    with torch.no_grad():
+        exact = decoder(z)
+    with CUDAAutocast(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            image = decoder(z)
+    assert image.dtype == torch.float32 and not torch.equal(image, image.bfloat16().float())
+    assert (image - exact).abs().max() < 0.05 * exact.abs().max()  # bf16's rounding, some forty layers deep
+    maps = [t.dtype for t in kept if t.shape[2:] == (16, 24)]  # of the last stage but one
+    assert len(maps) > 10 and set(maps) == {torch.bfloat16}
 
 
 # --- 5  The autoencoder -------------------------------------------------------------------------------
@@ -1383,6 +1408,21 @@ def test_crops_keep_the_aspect_and_small_images_are_enlarged(tmp_path):
     assert all(c.shape == (32, 32, 3) for c in crops) and len({c.tobytes() for c in crops}) > 3
 
 
+def test_held_out_images_are_spread_over_a_sorted_folder_and_at_most_so_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 6)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for i in range(50):
+            Image.new("RGB", (8, 8), (i, 9, 9)).save(tmp_path / name / f"{i:02}.png")
+    args = argparse.Namespace(data=str(tmp_path), val=None, resolution=8, seed=0)
+    dataset, held_out, _ = train.open_images(args)
+    assert [Path(f).parent.name for f in held_out.files] == list("aabbcc")
+    assert len(dataset.files) == 144 and not set(dataset.files) & set(held_out.files)
+    args.val = str(tmp_path)
+    dataset, held_out, _ = train.open_images(args)
+    assert len(held_out) == 6 and len(dataset) == 150 and {Path(f).parent.name for f in held_out.files} == set("abc")
+
+
 # --- train.py: PSNR, image grids, and around the loop -------------------------------------------------
 
 
@@ -1735,6 +1775,45 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000008.png"]
 
 
+def test_a_report_is_of_the_ema_weights_in_the_training_precision(tmp_path):
+    assert run(*TINY, "--precision", "bf16", "--steps", 3, "--out", tmp_path / "a") == 0
+    vae = LiteVAE.from_checkpoint(tmp_path / "a" / "checkpoint.pt")
+    unseen = train.BuiltInImages(16, 2**32 - 1)
+    x = torch.stack([unseen[i][0] for i in range(8)]) / 127.5 - 1
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = vae(x, sample=False)
+    assert float(rows(tmp_path / "a")[-1]["psnr"]) == pytest.approx(train.psnr(out.sample, x).mean().item(), abs=2e-3)
+    assert vae.config.scaling_factor == pytest.approx(1 / out.latent.std().item(), rel=1e-3)
+
+
+def test_the_discriminators_loss_counts_from_a_quarter_or_at_once_after_a_trained_one(tmp_path):
+    disc = ["--discriminator", "unet", "--disc-channels", 8]
+    assert run(*TINY, *disc, "--steps", 40, "--out", tmp_path / "a") == 0
+    trains, counts = [[int(r["step"]) for r in rows(tmp_path / "a") if r[name]] for name in ("d_loss", "adv")]
+    assert trains == list(range(10, 41)) and counts == list(range(11, 41))  # a quarter; a tenth of that before it
+    assert run(*TINY, *disc, "--steps", 3, "--init", tmp_path / "a" / "checkpoint.pt", "--out", tmp_path / "b") == 0
+    assert all(r["d_loss"] and float(r["adv_weight"]) == pytest.approx(0.1) for r in rows(tmp_path / "b"))
+    assert run(*TINY, "--discriminator", "unet", "--disc-channels", 16, "--steps", 8, "--init", tmp_path / "a" / "checkpoint.pt",
+               "--out", tmp_path / "c") == 0  # another one has to be trained first
+    assert [bool(r["adv"]) for r in rows(tmp_path / "c")] == [False] * 2 + [True] * 6
+
+
+def test_a_step_waits_for_the_device_at_most_once(tmp_path):
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+    args, _ = train.parse_args([*TINY, *GAN, "--disc-start", "0", "--steps", "9", "--out", str(tmp_path / "a")])
+    machine = train.Machine("cpu")
+    task, data, _ = train.prepare(args, machine, None)
+    batch = next(train.batches(data, 2, 0, machine, 0))
+    with Reads() as reads:
+        task.step(batch, 3, False)
+    assert reads.count <= 1
+
+
 # --- train.py: what the paper compares with -----------------------------------------------------------
 
 DISC = ["--disc-channels", "8", "--disc-start", "1", "--disc-warmup", "1"]
@@ -1942,10 +2021,10 @@ def test_loss_of_perfect_denoisers():
 def test_noise_levels_are_log_normal_and_the_schedule_is_edms():
     assert sample_ldm.noise_levels(torch.tensor([0.0, 1.0, -2.0]), -1.2, 0.5).log().tolist() == pytest.approx([-1.2, -0.7, -2.2])
     sigmas = sample_ldm.sigma_schedule(18)
-    assert len(sigmas) == 19 and sigmas[0] == pytest.approx(80) and sigmas[17] == pytest.approx(0.002) and sigmas[18] == 0
-    for i in range(18):  # EDM Eq. 5
-        assert sigmas[i] == pytest.approx((80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
-    assert sample_ldm.sigma_schedule(1) == [pytest.approx(80), 0.0]
+    for i in range(18):  # EDM Eq. 5, from 80 to 0.002 at a std of the data of 0.5, twice that at 1
+        assert sigmas[i] == pytest.approx(2 * (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
+    assert len(sigmas) == 19 and sigmas[18] == 0 and sample_ldm.sigma_schedule(1) == [pytest.approx(160), 0.0]
+    assert sample_ldm.CHURN_RANGE == (2 * 0.05, 2 * 50)
 
 
 def test_samples_of_gaussian_data_have_its_mean_and_covariance():
@@ -1953,8 +2032,8 @@ def test_samples_of_gaussian_data_have_its_mean_and_covariance():
     # The ideal denoiser is affine, so all of Algorithm 1 is: three samples give its map, without any chance.
     start, *ends = sample_ldm.heun_sampler(denoise, torch.tensor([[0.0, 0], [1, 0], [0, 1]], dtype=torch.float64), sigmas)
     A = torch.stack([end - start for end in ends], dim=1)
-    assert (start - MEAN).abs().max() < 0.02 and (80**2 * A @ A.T - COV).abs().max() < 0.003
-    x = 80 * torch.randn(100_000, 2, dtype=torch.float64)
+    assert (start - MEAN).abs().max() < 0.02 and (160**2 * A @ A.T - COV).abs().max() < 0.003
+    x = 160 * torch.randn(100_000, 2, dtype=torch.float64)
     out = sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x), churn=40)
     assert (out.mean(0) - MEAN).abs().max() < 0.02 and (out.T.cov() - COV).abs().max() < 0.03
 
@@ -2094,7 +2173,7 @@ def test_sizes_of_the_presets():
 def test_diffusion_sections_run_when_copied_out_with_torch_alone():
     text = Path(sample_ldm.__file__).read_text()
     sections = text[text.index("# --- 1  Diffusion"):text.index("# --- 4  The step")]
-    shared = "\n".join(inspect.getsource(x) for x in (litevae.group_norm, litevae.GroupNorm, litevae.Config))
+    shared = "\n".join(inspect.getsource(x) for x in (litevae.group_norm, litevae.GroupNorm, litevae.upsample, litevae.Config))
     space = {"math": math, "functools": functools, "torch": torch, "nn": nn, "F": F}
     exec(shared + "\n" + sections, space)
     denoiser = space["Denoiser"](space["UNet"](4, 32, (1, 2), 1, (1,), classes=2))
@@ -2207,7 +2286,7 @@ def test_a_tiny_model_learns_two_clusters(classes):
         sigma = sample_ldm.noise_levels(torch.randn(64), 0.0, 1.2)
         kept = torch.where(torch.rand(64) < 0.2, 2, label) if classes else None
         loss = sample_ldm.diffusion_loss(denoiser, x, sigma, torch.randn(64, 1, 2, 2), kept)
-        train.update(loss, denoiser, optimizer, 3e-3, 1.0)
+        train.update([optimizer], [train.backward(loss, denoiser, optimizer, 1.0)], 3e-3)
         ema.update(denoiser)
     sigmas, noise = sample_ldm.sigma_schedule(12), torch.randn(200, 1, 2, 2)
     with torch.no_grad():
@@ -2417,7 +2496,7 @@ def test_samples_are_what_the_samplers_and_the_decoder_make_of_the_noise(ldm_fil
 def test_options_of_sampling_change_the_pictures(ldm_file, tmp_path):
     plain = draw_samples(ldm_file, tmp_path / "plain", "-n", 2, "--class", "dog")
     for i, options in enumerate((["--raw-weights"], ["--class", "cat"], ["--guidance", 4], ["--churn", 40], ["--steps", 5], ["--precision", "bf16"],
-                                 ["--churn", 40, "--churn-noise", 1.5], ["--churn", 40, "--churn-range", 60, 100])):
+                                 ["--churn", 40, "--churn-noise", 1.5], ["--churn", 40, "--churn-range", 120, 200])):
         changed = draw_samples(ldm_file, tmp_path / str(i), "-n", 2, "--class", "dog", *options)
         assert all(np.abs(x - y).max() > 1 for x, y in zip(plain, changed)), options
     mixed = draw_samples(ldm_file, tmp_path / "mixed", "-n", 2)  # cat, dog
@@ -2747,7 +2826,7 @@ def test_recon_equals_the_metrics_image_by_image_whatever_the_batch_size(folder,
         x = torch.from_numpy(train.load_image(file, 32).copy()).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
             y = vae.decode(vae.encode(x).latent_dist.mode()).sample
-            expected["lpips"].append(perceptual(y, x).item())
+            expected["lpips"].append(perceptual(y.clamp(-1, 1), x).item())
         a, b = (((v[0].double() + 1) / 2).clamp(0, 1).numpy() for v in (x, y))
         expected["psnr"].append(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1))
         expected["ssim"].append(skimage.metrics.structural_similarity(
@@ -3022,3 +3101,40 @@ def test_help_says_what_a_command_needs_its_time_and_its_defaults(command, capsy
     for action in commands[command]._actions:
         if action.option_strings and action.dest != "help":
             assert "default" in action.help or action.required, action.option_strings
+
+
+def test_fid_at_a_resolution_compares_centre_squares(folder, tmp_path, capsys):
+    """Photographs of many shapes against files that hold their centre squares: the same images, so 0."""
+    for i, file in enumerate(f for f in train.find_images(folder) if Path(f).name not in ("broken.jpg", "empty.png")):
+        (tmp_path / "squares").mkdir(exist_ok=True)
+        Image.fromarray(train.load_image(file, 32)).save(tmp_path / "squares" / f"{i}.png")
+    how = ["--inception", "random", "--json", tmp_path / "r.json"]
+    values = {}
+    for name, options in {"whole": [], "squares": ["--resolution", 32], "bilinear": ["--resolution", 32, "--resize", "bilinear"]}.items():
+        assert measure("fid", folder, tmp_path / "squares", *options, *how) == 0
+        numbers = json.loads((tmp_path / "r.json").read_text())
+        values[name] = numbers["fid"]
+        assert ("not all of one size" in capsys.readouterr().out) == (name == "whole")
+        assert numbers["resize"] == ("bilinear" if name == "bilinear" else "bicubic")
+    assert abs(values["squares"]) < 1e-6 and min(values["whole"], values["bilinear"]) > 1e-3
+
+
+def test_ldms_resize_is_bilinear_without_antialiasing(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    expected = skimage.transform.resize(pixels / 255, (24, 36), order=1, anti_aliasing=False) * 255
+    ours = evaluation.Images([tmp_path / "x.png"], 24, resize="bilinear")[0].permute(1, 2, 0).numpy()
+    assert ours.shape == (24, 24, 3) and np.abs(ours - expected[:, 6:30]).max() <= 0.51
+    smooth = evaluation.Images([tmp_path / "x.png"], 24)[0].permute(1, 2, 0).numpy()
+    assert np.abs(smooth.astype(float) - ours).mean() > 10
+
+
+def test_lpips_judges_clamped_outputs(vae_file, tmp_path, vgg, monkeypatch):
+    seen, forward = [], LPIPS.forward
+    monkeypatch.setattr(LPIPS, "forward", lambda self, y, x: seen.append((y.abs().max().item(), x)) or forward(self, y, x))
+    loud = LiteVAE.from_checkpoint(vae_file)
+    nn.init.constant_(loud.decoder.conv_out.bias, 1.5)
+    save_checkpoint(tmp_path / "loud.pt", loud)
+    assert measure("recon", "--vae", tmp_path / "loud.pt", "--limit", 2, "--resolution", 32, "--no-fid", "--out", tmp_path / "r.png") == 0
+    assert seen and all(largest == 1 for largest, _ in seen)

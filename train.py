@@ -59,6 +59,7 @@ COMMON = dict(
     data=None, val=None, init=None, resume=False, seed=0, workers=None, device=None, precision="auto", compile=False,
     clip=1.0, model="litevae", use_1x1_conv=False, extractor="unet", shared_extractor=False, aggregator="unet",
     last_two_levels=False, weight_ldl=0.0, adv_loss="hinge", adaptive_weight=False, disc_channels=64,
+    disc_start=None, disc_warmup=None,
     **{f"weight_{name}": weight for name, weight in LOSS_WEIGHTS.items()})
 
 # What `python train.py` runs: tuned for the PSNR that a few minutes on two CPU cores can reach. Predicting
@@ -71,18 +72,17 @@ QUICK_START = dict(
     resolution=64, batch_size=8, steps=1400,
     lr=3e-3, beta1=0.9, beta2=0.95, lr_warmup=100, lr_decay_after=100, ema=0.99,
     perceptual="none", weight_wavelet=0.2, weight_gaussian=0.0, weight_kl=1e-3,
-    discriminator="none", disc_start=0, disc_warmup=0, save_every=350, log_every=20)
+    discriminator="none", save_every=350, log_every=20)
 
 # What `--data` runs. Paper: App. F for model, batch, steps, optimiser; Sec. 4.3 for the losses.
-# Unspecified: everything else. The learning rate is constant. "Batch size 16 on two GPUs" is read as 16 in all. The
-# discriminator's loss counts once reconstructions are past their blurry start; EMA as in LDM and DiT.
+# Unspecified: everything else. The learning rate is constant. "Batch size 16 on two GPUs" is read as 16 in all. EMA as
+# in LDM and DiT.
 PAPER = dict(
     COMMON,
     size="B", latent_dim=4, decoder_channels=128, output_type="image", use_smc=False,
     resolution=128, batch_size=16, steps=200_000,
     lr=1e-4, beta1=0.5, beta2=0.9, lr_warmup=0, lr_decay_after=0, ema=0.9999,
-    perceptual="lpips", discriminator="unet", disc_start=10_000, disc_warmup=1_000,
-    save_every=2_000, log_every=50)
+    perceptual="lpips", discriminator="unet", save_every=2_000, log_every=50)
 
 PERCEPTUAL = {"lpips": LPIPS, "esrgan": ESRGANPerceptual}
 ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "logistic": (logistic_g_loss, logistic_d_loss)}
@@ -94,7 +94,7 @@ PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "
 MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
 
 
-HELD_OUT = 64  # images, unless --val names a folder
+HELD_OUT = 64  # images at most
 
 
 # --- 2  Options ---------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ def run_options(model):
     """What is trained on and for how long; `model` says what is trained."""
     return {"run": {
         "data": (str, "folder of images to train on, searched recursively (default: built-in images)"),
-        "val": (str, f"folder of held-out images (default: 1 file in 20 of --data, {HELD_OUT} at most)"),
+        "val": (str, f"folder of held-out images, of which {HELD_OUT} evenly spaced ones are measured (default: 1 file in "
+                     f"20 of --data, {HELD_OUT} at most, evenly spaced)"),
         "out": (str, "folder for checkpoint, log and pictures (default: one in runs)"),
         "resume": (bool, "go on from --out's checkpoint, with the options it was started with"),
         "steps": (positive_int, f"updates of {model}"),
@@ -184,8 +185,10 @@ OPTIONS = {
     "Table 10: discriminator": {
         "discriminator": (["unet", "stylegan", "patchgan", "none"], "stylegan is StyleGAN2's"),
         "disc_channels": (positive_int, "its width"),
-        "disc_start": (natural, "step from which its loss counts"),
-        "disc_warmup": (natural, "steps it trains before that, and over which its weight then ramps up")},
+        "disc_start": (natural, "step from which its loss counts (default: a quarter of --steps; 0 if --init brings a "
+                                "trained one)"),
+        "disc_warmup": (natural, "steps it trains before that, and over which its weight then ramps up (default: a tenth "
+                                 "of --disc-start)")},
     "Table 16: adversarial loss": {
         "adv_loss": (list(ADVERSARIAL), "of both players; logistic is the non-saturating one")},
     "Table 8 and Figure 7: weight of the adversarial loss": {
@@ -272,7 +275,7 @@ def check(args):
     if args.discriminator == "stylegan" and share_of_batch(args) % 4:
         raise UsageError("--discriminator stylegan compares images in groups of 4: make --batch-size a multiple of 4 "
                          "for each process")
-    if args.discriminator != "none" and args.disc_start >= args.steps:
+    if args.discriminator != "none" and (args.disc_start or 0) >= args.steps:
         raise UsageError(f"the discriminator's loss would start at step {args.disc_start}, beyond the last of "
                          f"{args.steps}: lower --disc-start, raise --steps, or go without it: --discriminator none")
 
@@ -296,7 +299,7 @@ class AutoencoderTask:
         self.perceptual = perceptual and perceptual.to(machine.device)
         self.weights = {name: getattr(args, f"weight_{name}") for name in LOSS_WEIGHTS}
         self.g_loss, self.d_loss = ADVERSARIAL[args.adv_loss]
-        self.discriminator = discriminator
+        self.discriminator, self.d_optimizer = discriminator, None
         if discriminator:
             discriminator.to(machine.device, memory_format=machine.memory_format).train()
             self.d_optimizer = torch.optim.Adam(discriminator.parameters(), args.lr, betas, fused=True)
@@ -318,15 +321,12 @@ class AutoencoderTask:
         with self.machine.autocast():
             output = self.vae_parallel(image, noise=noise)
 
-        # Eq. 1 and the update of the autoencoder. The adversarial weight ramps up: a new discriminator is no shock.
+        # Eq. 1 and its gradients. The adversarial weight ramps up: a new discriminator is no shock.
         fake_logits = self.judge(output.sample) if self.discriminator and step >= args.disc_start else None
         ramp = min(1.0, (step + 1 - args.disc_start) / max(1, args.disc_warmup))
         loss, terms = self.loss(output, image, noise, fake_logits, ramp, log)
-        grad_norm = update(loss, self.vae, self.optimizer, lr, args.clip)
-        finite = torch.isfinite(grad_norm)
-        if finite:
-            self.ema.update(self.vae)
-        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **terms}
+        norms = [backward(loss, self.vae, self.optimizer, args.clip)]
+        values = {"loss": loss, "grad_norm": norms[0], "lr": lr, **terms}
 
         # The discriminator, on the same reconstructions. It starts before its loss counts above.
         if self.discriminator and step >= args.disc_start - args.disc_warmup:
@@ -335,16 +335,19 @@ class AutoencoderTask:
             real = [both[:B] for both in logits]
             fake = [both[B:] for both in logits]
             values["d_loss"] = discriminator_loss(real, fake, self.d_loss)
-            d_norm = update(values["d_loss"], self.discriminator, self.d_optimizer, lr, args.clip)
-            finite = finite & torch.isfinite(d_norm)
+            norms.append(backward(values["d_loss"], self.discriminator, self.d_optimizer, args.clip))
             values["logits_real"] = sum(logits.mean() for logits in real) / len(real)
             values["logits_fake"] = sum(logits.mean() for logits in fake) / len(fake)
 
+        finite = update([self.optimizer, self.d_optimizer], norms, lr)
+        if finite[0]:
+            self.ema.update(self.vae)
+        values["finite"] = all(finite)
         if log:
             d = output.latent_dist
             values |= {"kl_nats": output.kl_reg, "latent_std": d.mean.std(), "latent_max": d.mean.abs().max(),
                        "posterior_std": d.std.mean()}
-        return {**values, "finite": bool(finite)}
+        return values
 
     def loss(self, output, image, noise, fake_logits, ramp, log):
         """Eq. 1: the loss, (), and a dict of its terms. `ramp`, 0 to 1, scales the adversarial weight."""
@@ -363,20 +366,23 @@ class AutoencoderTask:
     @torch.no_grad()
     def report(self, step):
         """PSNR of the EMA weights on the held-out images, and a picture of the first eight."""
-        values, pairs, latents = [], [], []
-        for first in range(0, len(self.held_out), self.args.batch_size):
-            rows = range(first, min(first + self.args.batch_size, len(self.held_out)))
+        psnrs, pairs, count, first, second = [], [], 0, 0.0, 0.0
+        for start in range(0, len(self.held_out), self.args.batch_size):
+            rows = range(start, min(start + self.args.batch_size, len(self.held_out)))
             image = self.machine.images(torch.stack([self.held_out[i][0] for i in rows]))
-            output = self.ema.model(image, sample=False)
-            values.append(psnr(output.sample, image))
-            latents.append(output.latent.flatten())
+            with self.machine.autocast():
+                output = self.ema.model(image, sample=False)
+            psnrs.append(psnr(output.sample, image))
+            z = output.latent.cpu().double()  # (B, nz, h, w)
+            count, first, second = count + z.numel(), first + z.sum(), second + z.square().sum()
             pairs += zip(image[:8 - len(pairs)], output.sample)
         # The factor that brings latents to unit variance travels with the model, as in diffusers.
+        std = ((second - first**2 / count) / (count - 1)).sqrt().item()
         for vae in (self.vae, self.ema.model):
-            vae.config.scaling_factor = round(1 / torch.cat(latents).std().item(), 5)
+            vae.config.scaling_factor = round(1 / std, 5)
         save_grid(Path(self.args.out, f"reconstructions-{step:06}.png"),
                   [[x for pair in pairs[i:i + 4] for x in pair] for i in range(0, len(pairs), 4)])
-        return {"psnr": torch.cat(values).mean().item()}
+        return {"psnr": torch.cat(psnrs).mean().item()}
 
     def save(self, step):
         training = {"optimizer": self.optimizer.state_dict()["state"], "ema_updates": self.ema.updates,
@@ -399,16 +405,25 @@ class AutoencoderTask:
             load_optimizer(self.d_optimizer, training["d_optimizer"])
 
 
-def update(loss, module, optimizer, lr, clip):
-    """Backward, clip, step; the step is left out if the gradient's norm is not finite. Returns that norm, ()."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def backward(loss, module, optimizer, clip):
+    """New gradients of `loss` in `module`, clipped. Returns their norm, ()."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
-    if torch.isfinite(norm):  # the same in every process: gradients were averaged over them
-        optimizer.step()
-    return norm
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+
+
+def update(optimizers, norms, lr):
+    """A step of each optimizer whose gradient norm is finite, of as many as there are norms. Returns which were.
+
+    All norms are read at once, which is the one time that a training step waits for the GPU.
+    """
+    finite = torch.stack(norms).isfinite().tolist()  # the same in every process: gradients were averaged over them
+    for optimizer, good in zip(optimizers, finite):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if good:
+            optimizer.step()
+    return finite
 
 
 def learning_rate(step, args):
@@ -454,7 +469,8 @@ def fit(task, args, machine, dataset, start):
                                  + " with a lower --lr or --precision fp32")
             if logged:
                 values = machine.mean(values)
-            stopped = machine.any(stop.number is not None)
+            # Several processes have to agree, which waits for the GPU: not at every step.
+            stopped = (logged or machine.world == 1) and machine.any(stop.number is not None)
             if main and logged:
                 values |= {"images_per_second": images / (time.monotonic() - since), "skipped": task.skipped}
                 bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
@@ -493,10 +509,18 @@ def prepare(args, machine, checkpoint):
             perceptual = PERCEPTUAL[args.perceptual]()
         except OSError as error:
             raise UsageError(f"{error}; or go without it: --perceptual none")
-    if checkpoint and not args.resume and discriminator:  # the second stage goes on with the first one's
-        trained = checkpoint.get("training", {}).get("discriminator", {})
-        if {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in discriminator.state_dict().items()}:
-            discriminator.load_state_dict(trained)
+    trained = checkpoint.get("training", {}).get("discriminator", {}) if checkpoint else {}
+    if discriminator and {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in
+                                                                      discriminator.state_dict().items()}:
+        trained = {}  # another one, or none
+    if trained:  # the second stage goes on with the first one's
+        discriminator.load_state_dict(trained)
+    # Unspecified: when the adversarial loss starts. Figure 7's axis begins at 40,000 of 200,000 steps; LDM and
+    # diffusers start at 50,001: a quarter. A trained discriminator has had its start.
+    if args.disc_start is None:
+        args.disc_start = 0 if trained else args.steps // 4
+    if args.disc_warmup is None:
+        args.disc_warmup = args.disc_start // 10
     kind = AblationTask if discriminator or args.weight_ldl else AutoencoderTask
     task = kind(args, machine, vae, held_out, perceptual, discriminator)
     start = checkpoint["step"] if args.resume else 0
@@ -591,11 +615,11 @@ def open_images(args, label=None, clutter=1.0):
     def images(files, root, **how):
         return ImageFolder(files, args.resolution, labels=label and [label(file, root) for file in files], **how)
 
-    held_out = images(find_images(args.val), args.val, augment=False) if args.val else None
+    held_out = images(spread(find_images(args.val), HELD_OUT), args.val, augment=False) if args.val else None
     if args.data:
         files = find_images(args.data)
         if not held_out:
-            held_out = images(files[::20][:HELD_OUT], args.data, augment=False)
+            held_out = images(spread(files, min(HELD_OUT, -(-len(files) // 20))), args.data, augment=False)
             unseen = set(held_out.files)
             files = [file for file in files if file not in unseen] or held_out.files
         about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
@@ -604,6 +628,12 @@ def open_images(args, label=None, clutter=1.0):
         unseen = BuiltInImages(args.resolution, 2**32 - 1, clutter)  # a seed no run trains on
         held_out = [unseen[i] for i in range(HELD_OUT)]
     return BuiltInImages(args.resolution, args.seed, clutter), held_out, f"built-in images, {len(held_out)} held out"
+
+
+def spread(files, count):
+    """`count` files, evenly spaced over a list, so that no class of a sorted folder is alone: all if there are fewer."""
+    count = min(count, len(files))
+    return [files[i * len(files) // count] for i in range(count)]
 
 
 class ImageFolder:
