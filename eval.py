@@ -15,7 +15,7 @@ Each has its own --help. Without --data or IMAGE they use the built-in images of
     3  MMD                     mmd2
     4  Cost                    count_macs, peak_memory, throughput
     5  Commands                recon, fid, scale, mmd, cost, latents, features
-    6  Images, weights, plots  Images, load_vae, load_metrics, encode, plot
+    6  Images and weights      Images, load_vae, load_metrics, encode
     7  Arguments and main
 """
 
@@ -34,13 +34,13 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import train
-from litevae import LPIPS, PRESETS, LiteVAE, SDVAEEncoder, build_encoder, gaussian_blur, load_checkpoint
+from litevae import LPIPS, PRESETS, LiteVAE, SDVAEEncoder, build_encoder, gaussian_blur, load_checkpoint, one_line
 
 # --- 1  Reconstruction (Table 1) ----------------------------------------------------------------------
 # PSNR, SSIM and LPIPS are computed for each image, then averaged over images. All three see outputs clamped to the
@@ -473,7 +473,9 @@ def scale(args):
         writer = csv.DictWriter(file, ["vae", "resolution", "n", "rfid", "lpips", "psnr", "ssim", "inception"])
         writer.writeheader()
         writer.writerows(records)
-    plot(picture, records, titles)
+    panels = {title: {path: [(r["resolution"], r[key]) for r in records if r["vae"] == path] for path in args.vae}
+              for key, title in titles.items()}
+    train.plot(picture, panels, "resolution", even=True)
     print(f"Table and plot: {table}, {picture}")
     return {"results": records}
 
@@ -613,11 +615,11 @@ def features(args):
             "resolution": x.shape[2], "use_smc": vae.config.use_smc}
 
 
-# --- 6  Images, weights, plots ------------------------------------------------------------------------
+# --- 6  Images and weights ----------------------------------------------------------------------------
 
 
 class Images:
-    """The images to measure on, a data set: position -> (3, H, W), or the path of a file that cannot be read.
+    """The images to measure on, a data set: position -> (3, H, W), or the name and fault of a file that is none.
 
     `source` is a folder, searched recursively, a list of files, or None: built-in images that no run trains on.
     The first `limit` of them, by default all, or 64 built-in ones. At `resolution`: uint8, the centre square,
@@ -645,8 +647,8 @@ class Images:
             if self.resolution and self.resize == "bicubic":
                 return train.as_tensor(train.load_image(path, self.resolution))
             image = train.as_tensor(np.asarray(train.open_rgb(path)))  # (3, H, W)
-        except Exception:  # PIL raises a dozen kinds for a dozen kinds of damage
-            return path
+        except (train.NotAnImage, OSError) as error:
+            return f"{path} ({one_line(error)})"
         return resize_bilinear(image, self.resolution) if self.resolution else inception_resize(image[None] / 255)[0]
 
     def batches(self, batch_size, machine):
@@ -795,44 +797,6 @@ def print_table(rows):
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]))
 
 
-COLOURS = ["#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#7a4fa3", "#555555"]
-
-
-def plot(path, records, titles):
-    """One panel a metric: its value over the resolution, a line a checkpoint, as in Figs. 5 and 8."""
-    font, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    width, height, left, top, bottom = 420, 340, 80, 50, 50
-    colours = dict(zip(dict.fromkeys(r["vae"] for r in records), COLOURS * len(records)))
-    sizes = sorted({r["resolution"] for r in records})
-    canvas = Image.new("RGB", (max(2, len(titles)) * width, height + 10 + 30 * len(colours)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for panel, (key, title) in enumerate(titles.items()):
-        values = [r[key] for r in records]
-        margin = 0.08 * (max(values) - min(values)) or abs(max(values)) * 0.1 or 1.0
-        low, high = min(values) - margin, max(values) + margin
-        x0, x1, y0, y1 = width * panel + left, width * (panel + 1) - 20, height - bottom, top
-        across = lambda size: x0 + (x1 - x0) * (sizes.index(size) + 0.5) / len(sizes)  # noqa: E731
-        up = lambda value: y0 + (y1 - y0) * (value - low) / (high - low)  # noqa: E731
-        draw.text(((x0 + x1) / 2, top / 2), title, "black", font, anchor="mm")
-        for tick in np.linspace(low + margin, high - margin, 4):
-            draw.line([(x0, up(tick)), (x1, up(tick))], "#dddddd")
-            draw.text((x0 - 8, up(tick)), f"{tick:.3g}", "black", small, anchor="rm")
-        for size in sizes:
-            draw.text((across(size), y0 + 16), str(size), "black", small, anchor="mm")
-        draw.text(((x0 + x1) / 2, y0 + 38), "resolution", "black", small, anchor="mm")
-        draw.line([(x0, y1), (x0, y0), (x1, y0)], "black", 2)
-        for vae, colour in colours.items():
-            points = [(across(r["resolution"]), up(r[key])) for r in records if r["vae"] == vae]
-            draw.line(points, colour, 3)
-            for x, y in points:
-                draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
-    for i, (vae, colour) in enumerate(colours.items()):
-        y = height + 30 * i + 20
-        draw.line([(left, y), (left + 40, y)], colour, 4)
-        draw.text((left + 50, y), vae, "black", small, anchor="lm")
-    canvas.save(path)
-
-
 # --- 7  Arguments and main ----------------------------------------------------------------------------
 
 
@@ -870,8 +834,8 @@ def build_parser():
                          help="the picture (default: beside the checkpoint, named after command and data)")
 
     resize.add_argument("--resize", choices=["bicubic", "bilinear"], default="bicubic",
-                        help="bicubic with antialiasing, as in training; bilinear without, as in LDM's evaluation and so "
-                             "the paper's (default: bicubic)")
+                        help="bicubic with antialiasing, as in training; bilinear without, as in LDM's evaluation and "
+                             "so the paper's (default: bicubic)")
 
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -30,6 +30,7 @@ pseudocode, and why;  # Unspecified:  the paper is silent, what was chosen here,
 """
 
 import os
+import pickle
 import warnings
 import zipfile
 from typing import NamedTuple
@@ -928,15 +929,20 @@ def save_checkpoint(path, vae, ema=None, **extra):
 
 
 def write_checkpoint(path, checkpoint):
-    """Write a dict to `path`, so that a kill at any moment leaves the file that stood there before, whole."""
+    """Write a dict to `path`, so that a kill at any moment leaves the file that stood there before, whole. OSError."""
     # Beside it, flushed to disk, renamed over it.
     path = os.fspath(path)
     partial = path + ".partial"
-    with open(partial, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except Exception as error:  # a full disk is an OSError or, within torch, a RuntimeError
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise OSError(f"{path} could not be written, what stood there is as it was ({one_line(error)})") from error
 
 
 def load_checkpoint(path, format=CHECKPOINT_FORMAT):
@@ -956,6 +962,8 @@ def load_checkpoint(path, format=CHECKPOINT_FORMAT):
         if checkpoint["format"] == format:
             return checkpoint
         problem = f"its format is {checkpoint['format']}"
+    except pickle.UnpicklingError:
+        problem = "it holds Python objects, which are not loaded"
     except Exception as error:  # zipfile and torch raise a dozen kinds for a dozen kinds of damage
         problem = one_line(error)
     for importer in IMPORTERS if format == CHECKPOINT_FORMAT else ():
@@ -971,16 +979,17 @@ def load_weights(build, weights):
     CheckpointError, which names the first tensor that does not fit, if the two do not belong together.
     """
     try:
-        module = build()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        with torch.device("meta"):  # whatever size the file describes, no memory is taken for it
+            module = build()
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint describes no model of this program ({one_line(error)})") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             raise CheckpointError(f"the weights are not those of the model that the checkpoint describes: {name} has "
                                   f"shape {found.get(name)}, the model wants {expected.get(name)}")
-    module.load_state_dict(weights)
+    module.load_state_dict({name: tensor.float().clone() for name, tensor in weights.items()}, assign=True)
     return module
 
 
@@ -1170,10 +1179,15 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         content = bytearray(file.read())
     origin = 8 + int.from_bytes(content[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(content[8:origin]).items():
-        if entry.get("dtype") in dtypes:
-            first, last = entry["data_offsets"]
+    tensors, end = {}, 0
+    entries = json.loads(content[8:origin])
+    for name in sorted(entries.keys() - {"__metadata__"}, key=lambda name: entries[name]["data_offsets"]):
+        entry = entries[name]
+        first, last = entry["data_offsets"]
+        if first < end:
+            raise ValueError(f"{name} overlaps with another tensor")
+        end = last
+        if entry["dtype"] in dtypes:
             numbers = torch.frombuffer(content[origin + first:origin + last], dtype=dtypes[entry["dtype"]])
             tensors[name] = numbers.view(entry["shape"])
     return tensors

@@ -613,6 +613,11 @@ def load_ldm(path):
     missing = needed - checkpoint.keys()
     if missing:  # above all: latents of an unknown scale cannot be decoded
         raise CheckpointError(f"{path} holds no {' and no '.join(sorted(missing))}: it is no diffusion checkpoint")
+    config, nz = checkpoint["config"], checkpoint["vae"]["config"]["latent_dim"]
+    if not (isinstance(config, dict) and config.get("num_res_blocks", 2) <= 16 and len(config.get("ch_mult", ())) <= 8):
+        raise CheckpointError(f"{path} describes no denoiser of this program: {config}")
+    if any(checkpoint[name].shape != (nz,) for name in ("latent_mean", "latent_std")) or checkpoint["resolution"] < 8:
+        raise CheckpointError(f"{path} has latent statistics or a resolution that cannot be those of its {nz} channels")
     return checkpoint
 
 
@@ -627,7 +632,7 @@ def build(checkpoint, ema=True):
 
 
 GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
-CHURN_RANGE, CHURN_NOISE = (0.1, 100.0), 1.003  # of --churn. EDM's values for ImageNet, Table 5, at std 1 instead of 0.5
+CHURN_RANGE, CHURN_NOISE = (0.1, 100.0), 1.003  # of --churn. EDM's for ImageNet, Table 5, at std 1 instead of 0.5
 
 
 def sample(args):

@@ -475,6 +475,17 @@ def test_python_litevae_prints_counts(capsys):
         assert text in out
 
 
+def test_encoder_and_decoder_export_with_any_batch_and_size():
+    vae = small_vae().eval()
+    B, h, w = (torch.export.Dim(name, min=1, max=8) for name in "Bhw")
+    encoder = torch.export.export(vae.encoder, (image_batch(2, 3, 24, 32),), dynamic_shapes=({0: B, 2: 8 * h, 3: 8 * w},))
+    decoder = torch.export.export(vae.decoder, (torch.randn(2, 4, 3, 4),), dynamic_shapes=({0: B, 2: h, 3: w},))
+    x, z = image_batch(3, 3, 40, 16), torch.randn(3, 4, 5, 2)
+    with torch.no_grad():
+        assert torch.allclose(encoder.module()(x), vae.encoder(x), atol=1e-5)
+        assert torch.allclose(decoder.module()(z), vae.decoder(z), atol=1e-5)
+
+
 # --- 6  Losses ----------------------------------------------------------------------------------------
 
 
@@ -793,6 +804,36 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         LiteVAE.from_checkpoint(path)
 
 
+def test_a_checkpoint_that_describes_a_giant_takes_no_memory(tmp_path):
+    vae = small_vae()
+    vae.config.decoder_channels = 2**17
+    save_checkpoint(tmp_path / "giant.pt", vae)
+    with pytest.raises(litevae.CheckpointError, match="the model wants"):
+        LiteVAE.from_checkpoint(tmp_path / "giant.pt")
+    checkpoint = load_checkpoint(tmp_path / "giant.pt")
+    for config in ([], {"size": []}, "text"):
+        with pytest.raises(litevae.CheckpointError):
+            LiteVAE.from_checkpoint({**checkpoint, "config": config})
+    half = {**checkpoint, "config": dict(small_vae().config), "model": {k: v.half() for k, v in checkpoint["model"].items()}}
+    loaded = LiteVAE.from_checkpoint(half)
+    assert loaded.dtype == torch.float32 and all(p.requires_grad for p in loaded.parameters())
+    with torch.no_grad():
+        loaded.decoder.conv_in.bias.fill_(7.0)
+    assert half["model"]["decoder.conv_in.bias"].abs().max() < 7  # the loaded weights are copies
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_file(checkpoint, monkeypatch):
+    before = checkpoint.read_bytes()
+
+    def full(obj, file):
+        file.write(b"half a checkpoint")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="could not be written"):
+        save_checkpoint(checkpoint, small_vae())
+    assert checkpoint.read_bytes() == before and list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
 # --- 9  Baselines -------------------------------------------------------------------------------------
 
 
@@ -985,6 +1026,15 @@ def test_dwt_latents_equal_pywavelets_and_have_no_spread():
     for build in (litevae.DWTVAE, SDVAE):
         with pytest.raises(ValueError, match="model must be one of"):
             build("S")
+
+
+def test_overlapping_safetensors_are_refused(tmp_path):
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": offsets} for name, offsets in (("a", [0, 8]), ("b", [4, 12]))}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    with pytest.raises(ValueError, match="overlaps"):
+        litevae.read_safetensors(tmp_path / "x.safetensors")
+    assert litevae.read_tensors(tmp_path / "x.safetensors") == {}
 
 
 # --- 10  Other encoder parts --------------------------------------------------------------------------
@@ -1423,6 +1473,56 @@ def test_held_out_images_are_spread_over_a_sorted_folder_and_at_most_so_many(tmp
     assert len(held_out) == 6 and len(dataset) == 150 and {Path(f).parent.name for f in held_out.files} == set("abc")
 
 
+def test_a_file_is_found_once_through_links_and_nothing_but_files_is(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/x.png", "y.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "z.png").symlink_to(tmp_path / "y.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert len({os.path.realpath(f) for f in train.find_images(tmp_path)}) == len(train.find_images(tmp_path)) == 2
+
+
+def test_what_cannot_be_decoded_is_named_with_its_reason_and_what_cannot_be_opened_is_tried_again(tmp_path, monkeypatch):
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "text.png").write_text("no image")
+    data = train.ImageFolder(train.find_images(tmp_path), 8)
+    read, away = Path.read_bytes, {"1.png"}
+
+    def sometimes(self):
+        if self.name in away:
+            raise PermissionError("not now")
+        return read(self)
+    monkeypatch.setattr(Path, "read_bytes", sometimes)
+    reds = lambda: {int(data[i][0][0, 0, 0]) for i in range(10)}  # noqa: E731
+    assert reds() == {0, 2}
+    away.clear()
+    assert reds() == {0, 1, 2}
+    assert sorted((Path(f).name, "range" in why or "no image" in why) for f, why in data.unreadable()) == [("float.tif", True), ("text.png", True)]
+
+
+def test_held_out_images_can_be_read_stay_in_memory_and_are_known_to_the_checkpoint(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "000.png").write_bytes(b"")
+    for i in range(1, 11):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(data / f"{i:03}.png")
+    options = [*TINY, "--perceptual", "none", "--discriminator", "none", "--data", data, "--save-every", 1]
+    assert run(*options, "--steps", 1, "--out", tmp_path / "a") == 0
+    Image.new("RGB", (16, 16)).save(data / "0.png")
+    assert "Warning" not in capsys.readouterr().out
+    assert run("--resume", "--steps", 2, "--out", tmp_path / "a") == 0
+    assert "held-out images are no longer" in capsys.readouterr().out
+    for file in data.iterdir():
+        if file.name != "001.png":
+            file.unlink()
+    assert run(*options, "--steps", 1, "--out", tmp_path / "b") == 0
+    assert "the one image" in capsys.readouterr().out
+
+
 # --- train.py: PSNR, image grids, and around the loop -------------------------------------------------
 
 
@@ -1637,7 +1737,7 @@ def test_a_few_dozen_steps_reduce_the_loss(tmp_path):
 def test_a_run_leaves_checkpoint_log_and_picture(tmp_path):
     out = tmp_path / "a"
     assert run(*TINY, *GAN, "--weight-gaussian", 0.5, "--steps", 6, "--save-every", 3, "--out", out) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000003.png",
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "curves.png", "log.csv", "reconstructions-000003.png",
                                                      "reconstructions-000006.png"]
     assert Image.open(out / "reconstructions-000006.png").size == (8 * 130 - 2, 2 * 130 - 2)
     last = rows(out)[-1]
@@ -1772,7 +1872,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
     for a, b in zip(one, two):
         for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "d_loss", "adv_weight", "grad_ratio"):
             assert (a[name] == b[name] == "") or float(b[name]) == pytest.approx(float(a[name]), rel=2e-3, abs=1e-4), (a["step"], name)
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint.pt", "log.csv", "reconstructions-000008.png"]
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint.pt", "curves.png", "log.csv", "reconstructions-000008.png"]
 
 
 def test_a_report_is_of_the_ema_weights_in_the_training_precision(tmp_path):
@@ -1812,6 +1912,84 @@ def test_a_step_waits_for_the_device_at_most_once(tmp_path):
     with Reads() as reads:
         task.step(batch, 3, False)
     assert reads.count <= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_process_group_saves_too(tmp_path, folder, number):
+    """As Slurm and `timeout` send it, to the loader's workers as well."""
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *TINY, "--workers", "2", "--data", str(folder), "--perceptual",
+                                "none", "--discriminator", "none", "--steps", "100000", "--out", str(tmp_path / "a")],
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "a" / "log.csv").exists() or len(rows(tmp_path / "a")) < 3:
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number, process.stdout.read()
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == int(rows(tmp_path / "a")[-1]["step"])
+
+
+def test_nothing_that_is_not_finite_replaces_a_good_checkpoint(tmp_path, monkeypatch, capsys):
+    assert run(*TINY, "--steps", 2, "--out", tmp_path / "a") == 0
+    good = (tmp_path / "a" / "checkpoint.pt").read_bytes()
+    poison(monkeypatch, {1})  # the last step but the report
+    assert run("--resume", "--steps", 4, "--out", tmp_path / "a") == 0
+    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == good  # the last step was not finite
+    monkeypatch.setattr(train.AutoencoderTask, "report", lambda self, step: {"psnr": math.nan})
+    assert run("--resume", "--steps", 5, "--out", tmp_path / "a") == 1
+    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == good and "--resume" in capsys.readouterr().err
+
+
+def test_a_run_whose_images_go_away_saves_first(tmp_path, monkeypatch, capsys):
+    class Leaves(train.BuiltInImages):
+        def __getitem__(self, position):
+            if position >= 8:
+                raise FileNotFoundError("the folder is gone")
+            return super().__getitem__(position)
+    built_in = train.BuiltInImages
+    monkeypatch.setattr(train, "BuiltInImages", lambda resolution, seed, *how: (Leaves if seed == 0 else built_in)(resolution, seed, *how))
+    assert run(*TINY, "--steps", 9, "--out", tmp_path / "a") == 1
+    assert "the folder is gone" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == 4
+
+
+def test_a_second_run_into_one_folder_and_a_folder_that_is_a_file_are_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(*TINY, "--steps", 1, "--out", tmp_path / "file") == 1
+    (tmp_path / "a").mkdir()
+    with train.lock(tmp_path / "a"):
+        assert run(*TINY, "--steps", 1, "--out", tmp_path / "a") == 1
+        assert "another run" in capsys.readouterr().err
+    assert run(*TINY, "--steps", 1, "--out", tmp_path / "a") == 0
+
+
+def test_an_edited_log_is_kept_aside(tmp_path, capsys):
+    assert run(*TINY, "--steps", 2, "--out", tmp_path / "a") == 0
+    (tmp_path / "a" / "log.csv").write_text("my notes\nare precious\n")
+    assert run("--resume", "--steps", 3, "--out", tmp_path / "a") == 0
+    assert (tmp_path / "a" / "log-before-2.csv").read_text() == "my notes\nare precious\n"
+    assert "log-before-2.csv" in capsys.readouterr().out and [r["step"] for r in rows(tmp_path / "a")] == ["3"]
+
+
+def test_the_first_step_is_shown_and_curves_are_drawn(tmp_path):
+    assert run(*TINY, "--log-every", 100, "--steps", 4, "--out", tmp_path / "a") == 0
+    assert [r["step"] for r in rows(tmp_path / "a")] == ["1", "4"]
+    pixels = np.asarray(Image.open(tmp_path / "a" / "curves.png").convert("RGB"))
+    assert (pixels == [0x0B, 0x5F, 0xA5]).all(-1).sum() > 200
+
+
+def test_out_of_memory_and_optimiser_state_of_another_shape_are_one_sentence(tmp_path, monkeypatch, capsys):
+    assert run(*TINY, "--steps", 1, "--out", tmp_path / "a") == 0
+    path = tmp_path / "a" / "checkpoint.pt"
+    checkpoint = load_checkpoint(path)
+    checkpoint["training"]["optimizer"][0]["exp_avg"] = torch.zeros(3)
+    litevae.write_checkpoint(path, checkpoint)
+    assert run("--resume", "--steps", 2, "--out", tmp_path / "a") == 1
+    assert "optimiser's state" in capsys.readouterr().err
+
+    def full(self, batch, step, log):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(train.AutoencoderTask, "step", full)
+    assert run(*TINY, "--steps", 2, "--out", tmp_path / "b") == 1
+    assert "--batch-size" in capsys.readouterr().err
 
 
 # --- train.py: what the paper compares with -----------------------------------------------------------
@@ -2384,7 +2562,7 @@ def test_a_diffusion_step_that_is_not_finite_is_skipped_and_counted(tmp_path, va
 def test_a_diffusion_run_leaves_checkpoint_log_and_samples(tmp_path, vae_file, tiny_ldm):
     out = tmp_path / "a"
     assert ldm(*LDM, "--vae", vae_file, "--steps", 4, "--save-every", 2, "--out", out) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "log.csv", "samples-000002.png", "samples-000004.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "curves.png", "log.csv", "samples-000002.png", "samples-000004.png"]
     assert Image.open(out / "samples-000004.png").size == (8 * 130 - 2, 2 * 130 - 2)
     checkpoint = sample_ldm.load_ldm(out / "checkpoint.pt")
     assert all(isinstance(v, (torch.Tensor, int, float, str)) for v in leaves(checkpoint))
@@ -2619,6 +2797,14 @@ def test_help_of_diffusion_states_every_default(capsys):
         ldm("train", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "default: quick, with --data small" in text and "updates of the denoiser" in text
+
+
+@pytest.mark.parametrize("change", [{"resolution": 0}, {"latent_std": torch.ones(3)}, {"config": "text"},
+                                    {"config": {"latent_dim": 4, "num_res_blocks": 10**9}}, {"vae": {"config": {"latent_dim": 4}, "model": {}}}])
+def test_hostile_diffusion_files_are_refused(change, ldm_file, tmp_path):
+    litevae.write_checkpoint(tmp_path / "x.pt", {**torch.load(ldm_file), **change})
+    with pytest.raises(litevae.CheckpointError):
+        sample_ldm.build(sample_ldm.load_ldm(tmp_path / "x.pt"))
 
 
 # --- eval.py: the metrics -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 train.py --data DIR             the same run shared by two processes
 
 A run writes into --out:  checkpoint.pt  (weights, EMA weights, optimisers, step),  log.csv  (every logged
-value) and  reconstructions-STEP.png  (held-out images beside their reconstructions).
+value),  curves.png  and  reconstructions-STEP.png  (held-out images beside their reconstructions).
 
 From top to bottom:
 
@@ -20,21 +20,24 @@ From top to bottom:
     The method ends here. Below are its parts, and what every training script needs:
     5  Ablations of the step   AblationTask: adaptive weight, LDL, gradient ratio
     6  Images                  open_images, ImageFolder, BuiltInImages
-    7  PSNR and image grids
+    7  PSNR, grids and plots
     8  The machine             device, precision, processes
     9  Around the loop         option types, EMA, log, signals
    10  Built-in images         dead_leaves
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
+import io
 import math
 import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +45,15 @@ import scipy.ndimage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, MODELS, PRESETS, CheckpointError, ESRGANPerceptual, LiteVAE,
                      LiteVAEVariant, PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
@@ -128,8 +136,8 @@ def run_options(model):
     """What is trained on and for how long; `model` says what is trained."""
     return {"run": {
         "data": (str, "folder of images to train on, searched recursively (default: built-in images)"),
-        "val": (str, f"folder of held-out images, of which {HELD_OUT} evenly spaced ones are measured (default: 1 file in "
-                     f"20 of --data, {HELD_OUT} at most, evenly spaced)"),
+        "val": (str, f"folder of held-out images, of which {HELD_OUT} evenly spaced ones are measured (default: 1 file "
+                     f"in 20 of --data, {HELD_OUT} at most, evenly spaced)"),
         "out": (str, "folder for checkpoint, log and pictures (default: one in runs)"),
         "resume": (bool, "go on from --out's checkpoint, with the options it was started with"),
         "steps": (positive_int, f"updates of {model}"),
@@ -187,8 +195,8 @@ OPTIONS = {
         "disc_channels": (positive_int, "its width"),
         "disc_start": (natural, "step from which its loss counts (default: a quarter of --steps; 0 if --init brings a "
                                 "trained one)"),
-        "disc_warmup": (natural, "steps it trains before that, and over which its weight then ramps up (default: a tenth "
-                                 "of --disc-start)")},
+        "disc_warmup": (natural, "steps it trains before that, and over which its weight then ramps up (default: a "
+                                 "tenth of --disc-start)")},
     "Table 16: adversarial loss": {
         "adv_loss": (list(ADVERSARIAL), "of both players; logistic is the non-saturating one")},
     "Table 8 and Figure 7: weight of the adversarial loss": {
@@ -230,8 +238,8 @@ def merge(typed, recipe, load=load_checkpoint):
             raise UsageError(f"{typed['out']} already holds a run: go on with --resume, or choose another --out")
         return {**recipe, **typed}, None
     checkpoint = load(path)
-    if "training" not in checkpoint:
-        raise UsageError(f"{path} holds a model but no training state: start from it with --init")
+    if not {"training", "args", "step", "ema"} <= checkpoint.keys():
+        raise UsageError(f"{path} holds a model but no training state: it cannot be resumed")
     kept = {**recipe, **checkpoint["args"]}  # the file may be older than an option
     for key in typed.keys() - CHANGEABLE:
         if typed[key] != kept.get(key):
@@ -246,6 +254,8 @@ def merge(typed, recipe, load=load_checkpoint):
 def parse_args(argv=None):
     """The options of the command line as a namespace, and the checkpoint of --resume or --init, or None."""
     typed = vars(build_parser().parse_args(argv))
+    if typed.get("resume") and "out" not in typed:
+        raise UsageError("--resume needs --out, the folder of the run to go on with")
     typed.setdefault("out", "runs/litevae" if "data" in typed else "runs/quickstart")
     recipe = PAPER if "data" in typed else QUICK_START
     if typed.get("model") in DWT_LATENTS:
@@ -257,8 +267,9 @@ def parse_args(argv=None):
         config["model"] = config["model"].removesuffix("-variant")
         for key in MODEL_OPTIONS:
             if typed.get(key, config.get(key)) != config.get(key):
-                raise UsageError(f"{options['init']} holds an autoencoder with {flag(key)} {config.get(key)}, not "
-                                 f"{typed[key]}: leave the option out, or train without --init")
+                held = f"an autoencoder with {flag(key)} {config[key]}" if key in config else "one without"
+                raise UsageError(f"{options['init']} holds {held}, not one with {flag(key)} {typed[key]}: leave the "
+                                 "option out, or train without --init")
             options[key] = config.get(key, options[key])
     args = argparse.Namespace(**options)
     check(args)
@@ -446,51 +457,64 @@ def fit(task, args, machine, dataset, start):
     task.fields, task.shown      the scalars' names, which are log.csv's columns; those on the progress bar
     """
     main = machine.rank == 0
-    log = CSVLog(Path(args.out, "log.csv"), [*task.fields, "images_per_second", "skipped"], start) if main else None
     stream = batches(dataset, args.batch_size, start, machine, args.workers)
-    bad, since, images = 0, time.monotonic(), 0
-    with StopSignal() as stop, progress_bar(args.steps, start, disable=not main) as bar:
-        for step in range(start, args.steps):
-            done = step + 1
-            due = done % args.save_every == 0 or done == args.steps
-            logged = done % args.log_every == 0 or due
-            torch.manual_seed(args.seed * 1_000_003 + step)  # so that all noise resumes exactly
-            values = task.step(next(stream), step, logged)
-            images += args.batch_size
+    bad, done, since, images = 0, start, time.monotonic(), 0
+    with lock(args.out, main), stop_signals() as stop, progress_bar(args.steps, start, disable=not main) as bar:
+        log = CSVLog(Path(args.out, "log.csv"), [*task.fields, "images_per_second", "skipped"], start) if main else None
+        while done < args.steps:
+            try:
+                batch = next(stream)
+            except Exception:  # the folder is gone, a worker was killed
+                if main and done > start and not bad:
+                    task.save(done)
+                    bar.write(f"saved after step {done}: there were no more images")
+                raise
+            torch.manual_seed(args.seed * 1_000_003 + done)  # so that all noise resumes exactly
+            due = (done + 1) % args.save_every == 0 or done + 1 == args.steps
+            logged = (done + 1) % args.log_every == 0 or due or done == 0
+            values = task.step(batch, done, logged)
+            done, images = done + 1, images + args.batch_size
             bar.update()
 
             finite = values.pop("finite")
             bad = 0 if finite else bad + 1
             task.skipped += not finite
             if bad == MAX_BAD_STEPS:
-                good = Path(args.out, "checkpoint.pt").exists()
-                raise UsageError(f"the gradient was not finite in {bad} steps in a row up to step {done}: "
-                                 + (f"--resume from the good checkpoint in {args.out}" if good else "start again")
-                                 + " with a lower --lr or --precision fp32")
+                raise UsageError(f"the gradient was not finite in {bad} steps up to step {done}: {way_back(args)}")
             if logged:
                 values = machine.mean(values)
             # Several processes have to agree, which waits for the GPU: not at every step.
-            stopped = (logged or machine.world == 1) and machine.any(stop.number is not None)
+            stopped = (logged or machine.world == 1) and machine.any(bool(stop))
+            report = {}
             if main and logged:
                 values |= {"images_per_second": images / (time.monotonic() - since), "skipped": task.skipped}
                 bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
-                for path in getattr(dataset, "unreadable", list)():
-                    bar.write(f"skipped, cannot be read: {path}")
+                for path, why in getattr(dataset, "unreadable", list)():
+                    bar.write(f"skipped, cannot be read: {path} ({why})")
             if main and due:
                 report = task.report(done)
                 bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
-                values |= report
-            # A streak of bad steps may be the first sign of weights gone wrong: keep the checkpoint before it.
-            if main and (stopped or done == args.steps or due and not bad):
-                task.save(done)
             if main and logged:
-                log.write(done, values)
-            if logged:
+                log.write(done, {**values, **report})
                 since, images = time.monotonic(), 0
+            # Nothing that is not finite replaces a good checkpoint.
+            good = all(map(math.isfinite, report.values()))
+            if main and (stopped or due) and good and not bad:
+                task.save(done)
+            if main and due:
+                log.plot()
+            if not good:
+                raise UsageError(f"the weights after step {done} give nothing finite: {way_back(args)}")
             if stopped:
-                bar.write(f"saved and stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
-                return 128 + (stop.number or signal.SIGTERM)
+                bar.write(f"stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
+                return 128 + (stop or [signal.SIGTERM])[0]
     return 0
+
+
+def way_back(args):
+    there = Path(args.out, "checkpoint.pt").exists()
+    return (f"--resume from the checkpoint in {args.out}" if there else "start again") + " with a lower --lr or " \
+        "--precision fp32"
 
 
 def prepare(args, machine, checkpoint):
@@ -615,33 +639,35 @@ def open_images(args, label=None, clutter=1.0):
     def images(files, root, **how):
         return ImageFolder(files, args.resolution, labels=label and [label(file, root) for file in files], **how)
 
-    held_out = images(spread(find_images(args.val), HELD_OUT), args.val, augment=False) if args.val else None
-    if args.data:
-        files = find_images(args.data)
-        if not held_out:
-            held_out = images(spread(files, min(HELD_OUT, -(-len(files) // 20))), args.data, augment=False)
-            unseen = set(held_out.files)
-            files = [file for file in files if file not in unseen] or held_out.files
-        about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
-        return images(files, args.data, seed=args.seed), held_out, about
-    if not held_out:
+    files = find_images(args.data) if args.data else []
+    candidates, root = (find_images(args.val), args.val) if args.val else (files, args.data)
+    if candidates:
+        count = HELD_OUT if args.val else min(HELD_OUT, -(-len(files) // 20))
+        folder = images(candidates, root, augment=False)
+        held_out, names = folder.spread(count)
+        checksum = zlib.crc32("\n".join(os.path.relpath(name, root) for name in names).encode(errors="surrogateescape"))
+        if getattr(args, "held_out", checksum) != checksum:
+            print("Warning: the held-out images are no longer those the run began with: it may have trained on them")
+        args.held_out = checksum  # the checkpoint keeps it
+    else:
         unseen = BuiltInImages(args.resolution, 2**32 - 1, clutter)  # a seed no run trains on
-        held_out = [unseen[i] for i in range(HELD_OUT)]
-    return BuiltInImages(args.resolution, args.seed, clutter), held_out, f"built-in images, {len(held_out)} held out"
-
-
-def spread(files, count):
-    """`count` files, evenly spaced over a list, so that no class of a sorted folder is alone: all if there are fewer."""
-    count = min(count, len(files))
-    return [files[i * len(files) // count] for i in range(count)]
+        held_out, names = [unseen[i] for i in range(HELD_OUT)], []
+    if not args.data:
+        about = f"built-in images, {len(held_out)} held out"
+        return BuiltInImages(args.resolution, args.seed, clutter), held_out, about
+    files = [file for file in files if file not in names]
+    about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
+    if not files:
+        files, about = names, f"the one image of {args.data}, which is held out too"
+    return images(files, args.data, seed=args.seed), held_out, about
 
 
 class ImageFolder:
     """Image files as a stream: shuffled anew each epoch, cropped and flipped at random if `augment`.
 
     position -> ((3, resolution, resolution) uint8, label); `labels` holds a number for each file. A file that
-    cannot be read is replaced by the next one that can; `unreadable()` names each such file once. UsageError if
-    none can be read.
+    cannot be read is replaced by the next one that can; `unreadable()` names those that cannot be decoded, each once.
+    UsageError if none can be read.
     """
 
     def __init__(self, files, resolution, seed=0, augment=True, labels=None):
@@ -658,25 +684,45 @@ class ImageFolder:
         epoch, index = divmod(position, len(self.files))
         if self.augment:
             index = int(permutation(len(self.files), self.seed, epoch)[index])
+        # A generator for each attempt: the crop must not depend on whether a broken file was known.
+        return self.first_readable(index, lambda: np.random.default_rng((self.seed, 1, position)))[0]
+
+    def first_readable(self, index, rng=lambda: None):
+        """The item of the first file from `index` on that can be read, and that file."""
         for attempt in range(len(self.files)):
             candidate = (index + attempt) % len(self.files)
             if self.broken[candidate]:
                 continue
-            # A generator for each attempt: the crop must not depend on whether a broken file was known.
-            rng = np.random.default_rng((self.seed, 1, position)) if self.augment else None
+            file = self.files[candidate]
             try:
-                pixels = load_image(self.files[candidate], self.resolution, rng)  # (H, W, 3)
-            except Exception:  # PIL raises a dozen kinds for a dozen kinds of damage
+                pixels = load_image(file, self.resolution, rng() if self.augment else None)  # (H, W, 3)
+            except NotAnImage:
                 self.broken[candidate] = 1
-                continue
-            return as_tensor(pixels), self.labels[candidate]
+            except OSError:  # cannot be opened now: perhaps it can later
+                pass
+            else:
+                return (as_tensor(pixels), self.labels[candidate]), file
         raise UsageError(f"none of the {len(self.files)} images can be read, {self.files[0]} for one")
 
+    def spread(self, count):
+        """`count` items evenly spaced over the files, so that no class of a sorted folder is alone, and their files."""
+        found = {}
+        for i in range(count):
+            item, file = self.first_readable(i * len(self.files) // count)
+            found[file] = item
+        return list(found.values()), list(found)
+
     def unreadable(self):
-        """The files found unreadable since the last call."""
+        """The files found to be no images since the last call, each with the reason."""
         new = [i for i in self.broken.nonzero().flatten().tolist() if i not in self.reported]
         self.reported.update(new)
-        return [self.files[i] for i in new]
+        reasons = []
+        for path in [self.files[i] for i in new]:
+            try:
+                open_rgb(path)
+            except (NotAnImage, OSError) as error:
+                reasons.append((path, one_line(error)))
+        return reasons
 
 
 class BuiltInImages:
@@ -703,7 +749,7 @@ def as_tensor(pixels):
 def load_image(path, resolution, rng=None):
     """The file as (resolution, resolution, 3) uint8 RGB: a random crop and flip with `rng`, else the centre.
 
-    Reduced (or, where it is smaller, enlarged) first. Raises what PIL raises for a file it cannot read.
+    Reduced (or, where it is smaller, enlarged) first. Errors are open_rgb's.
     """
     # Unspecified: augmentation. As in ADM's code: the crop takes 80 to 100 % of the shorter side.
     short = int(resolution if rng is None else rng.integers(resolution, int(resolution / 0.8) + 1))
@@ -718,22 +764,34 @@ def load_image(path, resolution, rng=None):
     return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
 
 
+class NotAnImage(Exception):
+    """A file that was read and is no image, or a damaged one."""
+
+
 def open_rgb(path, short=None):
     """The file as a PIL image in RGB, at its own size; with `short`, JPEGs may come smaller, down to that side.
 
-    Grey, palette, alpha (on white), 16-bit and EXIF-rotated files come out as RGB the right way up. Raises
-    what PIL raises for a file it cannot read.
+    Grey, palette, alpha (on white), 16-bit and EXIF-rotated files come out as RGB the right way up. OSError for a file
+    that cannot be opened, NotAnImage for one that cannot be decoded.
     """
-    with Image.open(path) as image:
+    content = Path(path).read_bytes()
+    try:
+        image = Image.open(io.BytesIO(content))
         if short:
             image.draft("RGB", (short, short))  # JPEG: decode at 1/2, 1/4 or 1/8 if that is still enough
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, whose range is unknown")
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise NotAnImage("it is no image that PIL knows") from None
+    except Exception as error:  # PIL raises a dozen kinds for a dozen kinds of damage
+        raise NotAnImage(one_line(error)) from None
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
@@ -741,17 +799,23 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".g
 
 
 def find_images(folder):
-    """Every image below `folder`, sorted, suffixes in any case. UsageError if there is none."""
+    """Every image below `folder`, once, sorted, suffixes in any case. UsageError if there is none."""
     if not os.path.isdir(folder):
         raise UsageError(f"there is no folder {folder}")
-    files = [os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names
-             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    files, seen = {}, set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(root, name)) for name in ["", *folders])
+        for name in names:
+            path = os.path.join(root, name)
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(path):
+                files.setdefault(os.path.realpath(path), path)  # links lead to a file a second time
     if not files:
         raise UsageError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(files)
+    return sorted(files.values())
 
 
-# --- 7  PSNR and image grids --------------------------------------------------------------------------
+# --- 7  PSNR, grids and plots -------------------------------------------------------------------------
 
 
 def to_pixels(x):
@@ -776,6 +840,44 @@ def save_grid(path, rows, gap=2):
         lines.append(torch.cat([F.pad(tile, (0, gap, 0, gap), value=1.0) for tile in tiles], dim=2))
     grid = torch.cat(lines, dim=1)[:, :-gap, :-gap]
     Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+COLOURS = ["#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#7a4fa3", "#555555"]
+
+
+def plot(path, panels, x_title, even=False):
+    """Write a PNG of line plots: {title: {label: [(x, y), ...]}}; with `even` all x are spaced evenly."""
+    font, small = ImageFont.load_default(20), ImageFont.load_default(16)
+    width, height, left, top, bottom = 420, 340, 80, 50, 50
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines if label))
+    colours = dict(zip(labels or [""], COLOURS * (1 + len(labels))))
+    canvas = Image.new("RGB", (max(2, len(panels)) * width, height + 10 + 30 * len(labels)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for panel, (title, lines) in enumerate(panels.items()):
+        xs = sorted({x for points in lines.values() for x, _ in points})
+        ys = [y for points in lines.values() for _, y in points]
+        margin = 0.08 * (max(ys) - min(ys)) or abs(max(ys)) * 0.1 or 1.0
+        low, high = min(ys) - margin, max(ys) + margin
+        x0, x1, y0, y1 = width * panel + left, width * (panel + 1) - 20, height - bottom, top
+        across = lambda x: x0 + (x1 - x0) * ((xs.index(x) + 0.5) / len(xs) if even else x / xs[-1])  # noqa: E731
+        up = lambda y: y0 + (y1 - y0) * (y - low) / (high - low)  # noqa: E731
+        draw.text(((x0 + x1) / 2, top / 2), title, "black", font, anchor="mm")
+        for tick in np.linspace(low + margin, high - margin, 4):
+            draw.line([(x0, up(tick)), (x1, up(tick))], "#dddddd")
+            draw.text((x0 - 8, up(tick)), f"{tick:.3g}", "black", small, anchor="rm")
+        for x in xs if even else [xs[-1] * i // 4 for i in range(1, 5)]:
+            draw.text((across(x), y0 + 16), str(x), "black", small, anchor="mm")
+        draw.text(((x0 + x1) / 2, y0 + 38), x_title, "black", small, anchor="mm")
+        draw.line([(x0, y1), (x0, y0), (x1, y0)], "black", 2)
+        for label, points in lines.items():
+            draw.line([(across(x), up(y)) for x, y in points], colours[label], 3)
+            for x, y in points if len(points) <= 20 else []:
+                draw.ellipse([across(x) - 5, up(y) - 5, across(x) + 5, up(y) + 5], colours[label])
+    for i, label in enumerate(labels):
+        y = height + 30 * i + 20
+        draw.line([(left, y), (left + 40, y)], colours[label], 4)
+        draw.text((left + 50, y), label, "black", small, anchor="lm")
+    canvas.save(path)
 
 
 # --- 8  The machine -----------------------------------------------------------------------------------
@@ -893,9 +995,13 @@ def batches(dataset, batch_size, start, machine, workers, count=math.inf):
                            pin_memory=machine.device.type == "cuda", prefetch_factor=4 if workers else None))
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def ignore_signals(worker):
-    # Ctrl-C reaches every process of the terminal; the main one decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals reach every process of a terminal or a job; the main one decides when to stop.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- 9  Around the loop -------------------------------------------------------------------------------
@@ -928,7 +1034,11 @@ def known(args):
 
 
 def load_optimizer(optimizer, state):
-    # The moments come from the file, learning rate and the like from the arguments.
+    """Take up the moments of a checkpoint; learning rate and the like come from the arguments. CheckpointError."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(parameters):  # fused Adam does not look at shapes
+        if i in state and any(state[i][name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise CheckpointError("the optimiser's state in the checkpoint is not that of its model")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -950,42 +1060,77 @@ class EMA:
         self.updates += 1
 
 
-class StopSignal:
-    """Within it Ctrl-C and SIGTERM only set `.number`: a run finishes its step and saves; a second one kills."""
+@contextlib.contextmanager
+def stop_signals():
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into: a run finishes its step and saves. A second one kills."""
+    received = []
 
-    def __enter__(self):
-        self.number = None
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, frame):
-        self.number = number
+    def note(number, frame):
+        received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def lock(folder, wanted=True):
+    """Keeps other runs out of a folder; the system releases it however this run ends. UsageError if there is one."""
+    handle = os.open(folder, os.O_RDONLY) if wanted and fcntl else None
+    try:
+        if handle is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(f"another run is writing into {folder}: choose another --out")
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 class CSVLog:
-    """log.csv: one row a logged step. A resumed run drops the rows its checkpoint has not seen."""
+    """log.csv: one row a logged step; curves.png: each column over the steps.
+
+    A resumed run drops the rows that its checkpoint has not seen. A file that is not this log's is kept aside.
+    """
 
     def __init__(self, path, fields, start):
-        self.path, self.fields = Path(path), ["step", *fields]
-        rows = []
+        self.path, self.fields, self.rows = Path(path), ["step", *fields], []
         if start and self.path.exists():
-            with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row.get("step") and int(row["step"]) <= start]
+            try:
+                with open(self.path, newline="") as file:
+                    self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+            except (KeyError, TypeError, ValueError, csv.Error):
+                aside = self.path.with_name(f"log-before-{start}.csv")
+                os.replace(self.path, aside)
+                print(f"{self.path} was edited and is no log of this run any more: it is kept as {aside}")
         partial = self.path.with_suffix(".csv.partial")
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
         os.replace(partial, self.path)
 
     def write(self, step, values):
+        row = {"step": step, **{k: f"{v:.6g}" for k, v in values.items()}}
+        self.rows.append(row)
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.fields).writerow({"step": step, **{k: f"{v:.6g}" for k, v in values.items()}})
+            csv.DictWriter(file, self.fields).writerow(row)
+
+    def plot(self):
+        """Draw the loss and what reports measure over the steps."""
+        panels = {}
+        for name in ("loss", "grad_ratio", "psnr", "val_loss"):
+            points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
+            points = [(step, value) for step, value in points if math.isfinite(value)]
+            if points:
+                panels[name] = {"": points}
+        if panels:
+            plot(self.path.with_name("curves.png"), panels, "step")
 
 
 def announce(name, model, nz, about, args, machine, start):
@@ -1009,11 +1154,18 @@ def check_resolution(vae, resolution):
 
 def run_script(name, work):
     """work(), whose exit status is returned; invalid input becomes one sentence and status 1, Ctrl-C status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names that a terminal cannot print
     try:
         return work()
-    except (UsageError, CheckpointError, OSError) as error:
+    except (UsageError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{name}: {one_line(error)}", file=sys.stderr)
+            memory = isinstance(error, (MemoryError, RuntimeError))
+            advice = ": lower --batch-size, or the size of images or networks" if memory else ""
+            print(f"{name}: {one_line(error)}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the loop, which has its own way to stop
         print(f"{name}: stopped", file=sys.stderr)
