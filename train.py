@@ -517,6 +517,15 @@ def way_back(args):
         "--precision fp32"
 
 
+def main(argv=None):
+    def work():
+        args, checkpoint = parse_args(argv)
+        machine = Machine(args.device, args.precision)
+        task, dataset, start = prepare(args, machine, checkpoint)
+        return fit(task, args, machine, dataset, start)
+    return run_script("train.py", work)
+
+
 def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     torch.manual_seed(args.seed)
@@ -571,15 +580,6 @@ def build_discriminator(args):
     if args.discriminator == "stylegan":
         return StyleGANDiscriminator(args.resolution, args.disc_channels)
     return {"unet": UNetDiscriminator, "patchgan": PatchDiscriminator}[args.discriminator](args.disc_channels)
-
-
-def main(argv=None):
-    def work():
-        args, checkpoint = parse_args(argv)
-        machine = Machine(args.device, args.precision)
-        task, dataset, start = prepare(args, machine, checkpoint)
-        return fit(task, args, machine, dataset, start)
-    return run_script("train.py", work)
 
 
 # --- 5  Ablations of the step (Tables 8 and 15, Figure 7) ---------------------------------------------
@@ -655,11 +655,32 @@ def open_images(args, label=None, clutter=1.0):
     if not args.data:
         about = f"built-in images, {len(held_out)} held out"
         return BuiltInImages(args.resolution, args.seed, clutter), held_out, about
-    files = [file for file in files if file not in names]
+    files = files if args.val else [file for file in files if file not in names]
     about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
     if not files:
         files, about = names, f"the one image of {args.data}, which is held out too"
     return images(files, args.data, seed=args.seed), held_out, about
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+                  ".pnm", ".jp2", ".avif", ".tga"}
+
+
+def find_images(folder):
+    """Every image below `folder`, once, sorted, suffixes in any case. UsageError if there is none."""
+    if not os.path.isdir(folder):
+        raise UsageError(f"there is no folder {folder}")
+    files, seen = {}, set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(root, name)) for name in ["", *folders])
+        for name in names:
+            path = os.path.join(root, name)
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(path):
+                files.setdefault(os.path.realpath(path), path)  # links lead to a file a second time
+    if not files:
+        raise UsageError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(files.values())
 
 
 class ImageFolder:
@@ -741,11 +762,6 @@ def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def as_tensor(pixels):
-    """(H, W, 3) uint8 -> (3, H, W) uint8 tensor."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
 def load_image(path, resolution, rng=None):
     """The file as (resolution, resolution, 3) uint8 RGB: a random crop and flip with `rng`, else the centre.
 
@@ -794,25 +810,9 @@ def open_rgb(path, short=None):
         raise NotAnImage(one_line(error)) from None
 
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-                  ".pnm", ".jp2", ".avif", ".tga"}
-
-
-def find_images(folder):
-    """Every image below `folder`, once, sorted, suffixes in any case. UsageError if there is none."""
-    if not os.path.isdir(folder):
-        raise UsageError(f"there is no folder {folder}")
-    files, seen = {}, set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(root, name)) for name in ["", *folders])
-        for name in names:
-            path = os.path.join(root, name)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(path):
-                files.setdefault(os.path.realpath(path), path)  # links lead to a file a second time
-    if not files:
-        raise UsageError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(files.values())
+def as_tensor(pixels):
+    """(H, W, 3) uint8 -> (3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 # --- 7  PSNR, grids and plots -------------------------------------------------------------------------
@@ -881,6 +881,22 @@ def plot(path, panels, x_title, even=False):
 
 
 # --- 8  The machine -----------------------------------------------------------------------------------
+
+
+def batches(dataset, batch_size, start, machine, workers, count=math.inf):
+    """This process's share of batches `start`, `start + 1`, ... of a stream that ends after `count` items, or never."""
+    workers = machine.workers(workers)
+    share = batch_size // machine.world
+
+    def positions():
+        first = start * batch_size
+        while first < count:
+            mine = first + machine.rank * share
+            yield list(range(mine, mine + share))
+            first += batch_size
+
+    return iter(DataLoader(dataset, batch_sampler=positions(), num_workers=workers, worker_init_fn=ignore_signals,
+                           pin_memory=machine.device.type == "cuda", prefetch_factor=4 if workers else None))
 
 
 class Machine:
@@ -979,20 +995,7 @@ class Machine:
         return time.perf_counter()
 
 
-def batches(dataset, batch_size, start, machine, workers, count=math.inf):
-    """This process's share of batches `start`, `start + 1`, ... of a stream that ends after `count` items, or never."""
-    workers = machine.workers(workers)
-    share = batch_size // machine.world
-
-    def positions():
-        first = start * batch_size
-        while first < count:
-            mine = first + machine.rank * share
-            yield list(range(mine, mine + share))
-            first += batch_size
-
-    return iter(DataLoader(dataset, batch_sampler=positions(), num_workers=workers, worker_init_fn=ignore_signals,
-                           pin_memory=machine.device.type == "cuda", prefetch_factor=4 if workers else None))
+# --- 9  Around the loop -------------------------------------------------------------------------------
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -1002,9 +1005,6 @@ def ignore_signals(worker):
     # Signals reach every process of a terminal or a job; the main one decides when to stop.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-# --- 9  Around the loop -------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
