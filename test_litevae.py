@@ -8,6 +8,10 @@ scikit-image, scipy, torchvision, torch.distributions), the paper's equation wri
 out by hand.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where cores are scarce, threads that spin slow others down
+
 import argparse
 import ast
 import csv
@@ -17,7 +21,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -704,21 +707,29 @@ def change_config(path, **changes):
     litevae.write_checkpoint(path, {**checkpoint, "config": {**checkpoint["config"], **changes}})
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda path: path.write_bytes(path.read_bytes()[:10_000]), "damaged"), (flip_a_bit, "damaged"),
-    (lambda path: path.write_bytes(b""), "damaged"), (lambda path: path.write_text("not a checkpoint"), "damaged"),
-    (lambda path: torch.save({"state_dict": {}}, path), "no litevae-1 checkpoint"),
-    (lambda path: torch.save(small_vae(), path), "no litevae-1 checkpoint"),  # a pickled object: never executed
-    (lambda path: path.unlink(), "no checkpoint at"),
-    # the file says one thing and holds another
-    (lambda path: change_config(path, latent_dim=5), r"out_layer.weight has shape \(8, 16, 3, 3\), .* wants \(10, "),
-    (lambda path: change_config(path, blocks=3), "describes no model")],
-    ids=["truncated", "one bit", "empty", "text", "foreign", "pickle", "missing", "another shape", "another model"])
-def test_what_is_no_whole_checkpoint_is_refused_in_one_sentence(spoil, words, checkpoint):
+NO_CHECKPOINT = "{path} is no litevae-1 checkpoint, or it is damaged"
+SPOILED = {  # what is done to a checkpoint, and the refusal
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:10_000]), NO_CHECKPOINT),
+    "one bit": (flip_a_bit, NO_CHECKPOINT),
+    "empty": (lambda path: path.write_bytes(b""), NO_CHECKPOINT),
+    "text": (lambda path: path.write_text("not a checkpoint"), NO_CHECKPOINT),
+    "of something else": (lambda path: torch.save({"state_dict": {}}, path), NO_CHECKPOINT),
+    "a pickled object": (lambda path: torch.save(small_vae(), path), NO_CHECKPOINT),  # never executed
+    "missing": (lambda path: path.unlink(), "no checkpoint at {path}"),
+    # It says one thing and holds another.
+    "shapes": (lambda path: change_config(path, latent_dim=5),
+               r"out_layer.weight has shape \(8, 16, 3, 3\), .* wants \(10, "),
+    "config": (lambda path: change_config(path, blocks=3), "describes no model")}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_is_no_whole_checkpoint_is_refused_in_one_sentence(case, checkpoint):
+    spoil, words = SPOILED[case]
     spoil(checkpoint)
+    words = words.format(path=re.escape(str(checkpoint)))
     with pytest.raises((litevae.CheckpointError, FileNotFoundError), match=words) as error:
         LiteVAE.from_checkpoint(checkpoint)
-    assert "\n" not in str(error.value) and (str(checkpoint) in str(error.value) or "mod" in words or "shape" in words)
+    assert "\n" not in str(error.value)
 
 
 def test_a_failed_save_leaves_the_previous_checkpoint(checkpoint, monkeypatch):
@@ -1130,6 +1141,8 @@ def test_each_logit_of_patchgan_judges_70_pixels():
     assert set(seen[:, 0].tolist()) == {0}
     assert [(seen[:, a].max() - seen[:, a].min() + 1).item() for a in (1, 2)] == [70, 70]
     assert discriminator(x[:1, :, :24, :24])[0].shape == (1, 1, 1, 1)
+    litevae.logistic_g_loss(discriminator(x)[0]).backward()
+    assert all(p.grad.abs().sum() > 0 for p in discriminator.parameters())
     with torch.device("meta"):
         assert count(litevae.PatchDiscriminator()) == 2_764_737
 
@@ -1161,6 +1174,8 @@ def test_stylegan_discriminator_is_the_published_one():
     assert torch.allclose(torch.cat(halves), logits, atol=1e-5)
     swapped = torch.cat([x[:3], x[4:5]])  # but images of one group do
     assert not torch.allclose(discriminator(swapped)[0][:3], logits[:3], atol=1e-4)
+    litevae.logistic_g_loss(logits).backward()
+    assert all(p.grad.abs().sum() > 0 for p in discriminator.parameters())
     for resolution in (4, 24, 96):
         with pytest.raises(ValueError, match="power of two"):
             litevae.StyleGANDiscriminator(resolution)
@@ -1185,14 +1200,6 @@ def test_stylegan_layers_by_closed_form():
     y = torch.randn(1, 3, 8, 8)  # the skip alone: blurred, halved, mixed, over sqrt 2
     skip = F.conv2d(litevae.binomial_blur(y, 1)[..., ::2, ::2], block.skip_connection.weight / 3**0.5) / 2**0.5
     assert torch.allclose(block(y), skip, atol=1e-6)
-
-
-@pytest.mark.parametrize("build", [lambda: litevae.PatchDiscriminator(8), lambda: litevae.StyleGANDiscriminator(32, 8)])
-def test_gradients_reach_every_weight_of_every_discriminator(build):
-    discriminator = build()
-    (logits,) = discriminator(image_batch(4, 3, 32, 32))
-    litevae.logistic_g_loss(logits).backward()
-    assert all(p.grad.abs().sum() > 0 for p in discriminator.parameters())
 
 
 # --- train.py: images ---------------------------------------------------------------------------------
@@ -1408,7 +1415,7 @@ RESUMED = {
 def test_resume_equals_an_uninterrupted_run_to_the_bit(
         case, tmp_path, folder, class_folder, vae_file, tiny_ldm, request):
     request.addfinalizer(lambda: torch.set_num_threads(1))
-    torch.set_num_threads(2 if case in ("quick start", "diffusion") else 1)  # 2, as users run it
+    torch.set_num_threads(2)  # as users run it
     script, options = RESUMED[case]
     options = [str(o).format(images=folder, classes=class_folder) for o in options] + ["--save-every", 4]
     start = [*options, "--vae", vae_file] if script is sample_ldm else options
@@ -2489,9 +2496,9 @@ def test_frechet_distance_equals_scipys_sqrtm(ranks):
 
 
 def test_mmd_equals_a_double_loop():
-    x, y = torch.randn(5, 3), torch.randn(7, 3) + 0.5
+    x, y = torch.randn(5, 3).double(), torch.randn(7, 3).double() + 0.5
     for sigma, ours in zip((0.5, 2.0), evaluation.mmd2(x, y, (0.5, 2.0))):
-        k = lambda a, b: math.exp(-(a - b).double().square().sum() / (2 * sigma**2))  # noqa: E731, B023
+        k = lambda a, b: math.exp(-(a - b).square().sum() / (2 * sigma**2))  # noqa: E731, B023
         xx = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / (5 * 4)
         yy = sum(k(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / (7 * 6)
         xy = sum(k(a, b) for a in x for b in y) / (5 * 7)
