@@ -153,6 +153,12 @@ def fuse_smc(module):
     return module
 
 
+def autocast_off(x):
+    """Within it what is computed from x keeps the precision of x."""
+    device = x.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
+
+
 def group_norm(channels, min_channels=1):
     """GroupNorm with 32 groups, or as many fewer as divide `channels` into groups of at least min_channels."""
     # Differs: the pseudocode's 32 groups cannot divide LiteVAE-S's 16 channels, nor its 48-channel
@@ -166,7 +172,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):
         # CUDA's autocast would return float32, twice the memory. The kernel sums in float32 in any case.
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             return torch.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -213,7 +219,7 @@ def skip_connection(in_channels, out_channels):
 
 def upsample(x, size):
     """Nearest neighbours at `size`, in the precision of x: (B, C, H, W) -> (B, C, *size)."""
-    with torch.autocast(x.device.type, enabled=False):  # CUDA's autocast would return float32
+    with autocast_off(x):  # CUDA's autocast would return float32
         return F.interpolate(x, size=tuple(size), mode="nearest")
 
 
@@ -431,7 +437,7 @@ class SDVAEDecoder(nn.Module):
             if level > 0:
                 x = self.up[level].upsample.conv(upsample(x, (2 * x.shape[2], 2 * x.shape[3])))
         # Float32 also under autocast: at 30 dB, bf16's rounding of an image changes the losses' gradient by 14 %.
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             x = x.to(self.conv_out.weight.dtype)
             return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, sh, sw)
 
@@ -827,10 +833,6 @@ def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_
 
 def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
-
-
-def autocast_off(x):
-    return torch.autocast(x.device.type, enabled=False)
 
 
 # --- 7  Discriminator (Sec. 4.3) ----------------------------------------------------------------------

@@ -176,7 +176,7 @@ class UNet(nn.Module):
     and one more on the way up, and attention where l is in `attention`. With `scale_shift` the noise level
     scales and shifts normalised features, as in ADM; without, it is added to them, as in LDM. `classes` counts
     labels; the label `classes` itself means none. Residual branches and the output start at zero. To copy it,
-    take what follows down to _zero along, and group_norm, GroupNorm, upsample and Config of litevae.py.
+    take what follows down to _zero along, and group_norm, GroupNorm, upsample, autocast_off and Config of litevae.py.
     """
 
     def __init__(self, latent_dim, channels=128, ch_mult=(1, 2, 3), num_res_blocks=2, attention=(1, 2),
