@@ -192,9 +192,10 @@ class ResBlock(nn.Module):
         self.skip_connection = skip_connection(in_channels, out_channels)
 
     def forward(self, x):
-        h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out, H, W)
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return self.skip_connection(x) + h
+        h = self.conv_in(F.silu(self.norm_in(x), inplace=True))  # (B, out, H, W)
+        h = self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        h += self.skip_connection(x)
+        return h
 
 
 class ResBlockWithSMC(nn.Module):
@@ -209,8 +210,9 @@ class ResBlockWithSMC(nn.Module):
 
     def forward(self, x):
         h = self.conv_in(F.silu(x))  # (B, out, H, W)
-        h = self.conv_out(F.silu(h))
-        return self.skip_connection(x) + h
+        h = self.conv_out(F.silu(h, inplace=True))
+        h += self.skip_connection(x)
+        return h
 
 
 def skip_connection(in_channels, out_channels):

@@ -1923,7 +1923,8 @@ def test_a_signal_to_the_whole_process_group_saves_too(tmp_path, folder, number)
     """As Slurm and `timeout` send it, to the loader's workers as well."""
     process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *TINY[train], "--workers", "2", "--data", str(folder), "--perceptual",
                                 "none", "--discriminator", "none", "--steps", "100000", "--out", str(tmp_path / "a")],
-                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     while not (tmp_path / "a" / "log.csv").exists() or len(rows(tmp_path / "a")) < 3:
         time.sleep(0.1)
     os.killpg(process.pid, number)

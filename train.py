@@ -1069,7 +1069,8 @@ def stop_signals():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    wanted = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, note) for number in wanted}
     try:
         yield received
     finally:
