@@ -501,6 +501,8 @@ def fit(task, args, machine, dataset, start):
             good = all(map(math.isfinite, report.values()))
             if main and (stopped or due) and good and not bad:
                 task.save(done)
+            elif main and (stopped or due):
+                bar.write(f"not saved: step {done} was not finite")
             if main and due:
                 log.plot()
             if not good:
@@ -1165,7 +1167,7 @@ def run_script(name, work):
             raise
         if int(os.environ.get("RANK", 0)) == 0:
             memory = isinstance(error, (MemoryError, RuntimeError))
-            advice = ": lower --batch-size, or the size of images or networks" if memory else ""
+            advice = ": lower --batch-size, or --noise-draws, --size or --resolution" if memory else ""
             print(f"{name}: {one_line(error)}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the loop, which has its own way to stop
