@@ -19,10 +19,10 @@ From top to bottom:
     4  The loop                fit, main
     The method ends here. Below are its parts, and what every training script needs:
     5  Ablations of the step   AblationTask: adaptive weight, LDL, gradient ratio
-    6  Images                  open_images, ImageFolder, BuiltInImages
-    7  PSNR, grids and plots
-    8  The machine             device, precision, processes
-    9  Around the loop         option types, EMA, log, signals
+    6  Images                  open_images, find_images, ImageFolder, BuiltInImages, load_image
+    7  PSNR, grids and plots   psnr, save_grid, plot
+    8  The machine             batches, Machine: device, precision, processes
+    9  Around the loop         EMA, signals, lock, log, run_script
    10  Built-in images         dead_leaves
 """
 
@@ -1083,16 +1083,18 @@ def stop_signals():
 @contextlib.contextmanager
 def lock(folder, wanted=True):
     """Keeps other runs out of a folder; the system releases it however this run ends. UsageError if there is one."""
-    handle = os.open(folder, os.O_RDONLY) if wanted and fcntl else None
-    try:
-        if handle is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not wanted or fcntl is None:
         yield
-    except BlockingIOError:
-        raise UsageError(f"another run is writing into {folder}: choose another --out")
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run is writing into {folder}: choose another --out")
+        yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 class CSVLog:
