@@ -200,7 +200,8 @@ def load_inception(source=None):
             random weights, for trying things out: their distances say nothing about quality.
     UsageError if there are no weights.
     """
-    net = InceptionV3()
+    with torch.random.fork_rng(devices=[]):  # the noise of what is measured does not depend on it
+        net = InceptionV3()
     if source == "random":
         generator = torch.Generator().manual_seed(0)
         for module in net.modules():
@@ -413,7 +414,7 @@ def recon(args):
     (vgg; alex 0.1 s), rFID 0.1 s.
     """
     [numbers], _, pairs = measure_all(args, [args.vae], args.resolution and [args.resolution])
-    out = args.out or Path(args.vae).with_name(f"recon-{data_name(args)}-{numbers['resolution']}.png")
+    out = picture(args, args.vae, f"recon-{data_name(args)}-{numbers['resolution']}.png")
     # The difference is shown around grey, twice as strong as it is.
     tiles = [[x, y, 2 * (y.clamp(-1, 1) - x)] for x, y in pairs]
     train.save_grid(out, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)])
@@ -467,16 +468,16 @@ def scale(args):
     1.2 s without LPIPS and rFID.
     """
     records, titles, _ = measure_all(args, args.vae, args.resolutions)
-    picture = Path(args.out or Path(args.vae[0]).with_name(f"scale-{data_name(args)}.png"))
-    table = picture.with_suffix(".csv")
+    out = picture(args, args.vae[0], f"scale-{data_name(args)}.png")
+    table = out.with_suffix(".csv")
     with open(table, "w", newline="") as file:
         writer = csv.DictWriter(file, ["vae", "resolution", "n", "rfid", "lpips", "psnr", "ssim", "inception"])
         writer.writeheader()
         writer.writerows(records)
     panels = {title: {path: [(r["resolution"], r[key]) for r in records if r["vae"] == path] for path in args.vae}
               for key, title in titles.items()}
-    train.plot(picture, panels, "resolution", even=True)
-    print(f"Table and plot: {table}, {picture}")
+    train.plot(out, panels, "resolution", even=True)
+    print(f"Table and plot: {table}, {out}")
     return {"results": records}
 
 
@@ -578,7 +579,7 @@ def latents(args):
     high = torch.quantile(some, 0.98, dim=1).view(-1, 1, 1)
     rgb = 2 * (z[:, :channels].float() - low) / (high - low).clamp_min(1e-8) - 1
     rgb = F.interpolate(rgb.expand(-1, 3, -1, -1), scale_factor=8, mode="nearest")  # (B, 3, R, R)
-    out = args.out or Path(args.vae).with_name("latents.png")
+    out = picture(args, args.vae, "latents.png")
     train.save_grid(out, [list(row) for row in zip(x, rgb, y)])
     print(f"Inputs, latents (channels 0, 1, 2 as red, green, blue), reconstructions: {out}")
     return {"n": len(x), "mean": mean.tolist(), "std": std.tolist(), "largest": largest.tolist(),
@@ -608,11 +609,77 @@ def features(args):
     # One scale for all maps of a row, which shows how much stronger some are than others.
     rows = [[image, *(2 * f[i, c].expand(3, -1, -1) / f[i, order].amax().clamp_min(1e-12) - 1 for c in order)]
             for i, image in enumerate(F.interpolate(x, f.shape[2:], mode="area"))]
-    out = args.out or Path(args.vae).with_name("features.png")
+    out = picture(args, args.vae, "features.png")
     train.save_grid(out, rows)
     print(f"Inputs and the {len(order)} strongest maps (absolute values, one scale a row): {out}")
     return {"n": len(x), "maps": f.shape[1], "imbalance": imbalance, "spots": spots, "rms": rms.tolist(),
             "resolution": x.shape[2], "use_smc": vae.config.use_smc}
+
+
+@torch.no_grad()
+def classes(args):
+    """Whether samples of sample_ldm.py's quick start show the class that was asked for, and whether any is a copy.
+
+    A small network learns to name the kinds of built-in shapes, from images that no run trains on, until it names at
+    least 99 % of others. Samples are taken to go through the classes in turn, as `sample` writes them, or to be all of
+    --class. Copies: samples nearer to a training image than new shapes ever are. Five minutes.
+    """
+    machine = exact_machine(args.device)
+    names = list(train.SHAPES)
+    images = Images(args.samples, args.resolution, args.limit)
+    samples = machine.images(torch.cat(list(images.batches(64, machine))))  # (N, 3, R, R)
+    wanted = [names.index(args.wanted)] if args.wanted else range(len(names))
+    wanted = torch.tensor([wanted[i % len(wanted)] for i in range(len(samples))])
+    shapes = lambda seed, first, n: [torch.stack(x) for x in zip(*(  # noqa: E731
+        (image, torch.tensor(label)) for image, label in map(train.Shapes(args.resolution, seed).__getitem__,
+                                                             range(first, first + n))))]
+    new, new_labels = shapes(2**32 - 1, 0, 512)
+    network, right = train_classifier(shapes(2**32 - 1, 512, 4096), (new, new_labels), machine)
+    named = network(samples).argmax(dim=1).cpu()
+    # Nearest neighbours among training images, reduced to 16x16 pixels: the root of the mean squared difference.
+    reduce = lambda x: F.adaptive_avg_pool2d(machine.images(x), 16).flatten(1)  # noqa: E731
+    seen = reduce(shapes(args.seed, 0, args.train_images)[0])
+    gap = lambda x: torch.cdist(x, seen).amin(dim=1) / seen.shape[1] ** 0.5  # noqa: E731
+    of_samples, of_new = gap(F.adaptive_avg_pool2d(samples, 16).flatten(1)), gap(reduce(new))
+    numbers = {"n": len(samples), "classifier": right, "correct": (named == wanted).float().mean().item(),
+               "copies": (of_samples < of_new.min()).float().mean().item(),
+               "nearest": of_samples.median().item(), "nearest_new": of_new.median().item()}
+    print(f"The classifier names {right:.1%} of {len(new)} new shapes; of {len(samples)} samples it names "
+          f"{numbers['correct']:.1%} as what was asked for")
+    print_table([["class", "samples", "named so"], *(
+        [names[k], str(int((wanted == k).sum())), f"{(named[wanted == k] == k).float().mean():.1%}"]
+        for k in sorted(set(wanted.tolist())))])
+    print(f"Copies of {len(seen)} training images: {numbers['copies']:.1%}; median distance to the nearest one: samples "
+          f"{numbers['nearest']:.3f}, new shapes {numbers['nearest_new']:.3f} (pixels in [-1, 1])")
+    return numbers
+
+
+@torch.enable_grad()
+def train_classifier(known, new, machine, enough=0.99, most=6000):
+    """A network that names shapes, and its share of right answers on `new`; both are (images, labels)."""
+    torch.manual_seed(0)
+    layers, width = [], 3
+    for channels in (32, 64, 128, 128):
+        layers += [nn.Conv2d(width, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+        width = channels
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, len(train.SHAPES)))
+    network.to(machine.device)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    for step in range(most):
+        rows = torch.randint(len(known[0]), (64,))
+        # A shape turned, mirrored or in other colours keeps its kind.
+        x = machine.images(known[0][rows]).rot90(step % 4, (2, 3)).flip(-1)[:, torch.randperm(3)]
+        loss = F.cross_entropy(network(x), known[1][rows].to(machine.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            with torch.no_grad():
+                right = (network.eval()(machine.images(new[0])).argmax(dim=1).cpu() == new[1]).float().mean().item()
+            if right >= enough:
+                return network, right
+            network.train()
+    raise train.UsageError(f"the classifier names {right:.1%} of new shapes only: choose a larger --resolution")
 
 
 # --- 6  Images and weights ----------------------------------------------------------------------------
@@ -642,7 +709,7 @@ class Images:
     def __getitem__(self, position):
         path = self.files[position]
         if isinstance(path, int):
-            return train.BuiltInImages(self.resolution, seed=2**32 - 1)[path][0]
+            return train.DeadLeaves(self.resolution, seed=2**32 - 1)[path][0]
         try:
             if self.resolution and self.resize == "bicubic":
                 return train.as_tensor(train.load_image(path, self.resolution))
@@ -691,6 +758,11 @@ def exact_machine(device, precision="fp32"):
     if machine.device.type != "mps":
         machine.memory_format = torch.channels_last  # on a CPU it spares each convolution two reorderings
     return machine
+
+
+def picture(args, vae, name):
+    """The file of a command's picture: --out, or `name` beside the checkpoint; the shipped one's go into this folder."""
+    return Path(args.out or (name if vae == str(train.TRAINED) else Path(vae).with_name(name)))
 
 
 def data_name(args):
@@ -814,7 +886,8 @@ def build_parser():
     metrics, inception, picture, resize = group(), group(), group(), group()
     general.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     general.add_argument("--json", metavar="FILE", type=output_file, help="write the numbers to FILE too (default: no)")
-    vae.add_argument("--vae", metavar="CKPT", required=True, help="checkpoint, or released Stable Diffusion VAE")
+    vae.add_argument("--vae", metavar="CKPT", default=str(train.TRAINED), help="checkpoint, or released Stable Diffusion "
+                     "VAE (default: the LiteVAE-S that comes with this repository)")
     how.add_argument("--raw-weights", action="store_true", help="the raw weights (default: the EMA weights)")
     how.add_argument("--sample", action="store_true", help="sample the latent (default: the posterior's mean)")
     side.add_argument("--resolution", metavar="R", type=multiple_of_8,
@@ -856,7 +929,8 @@ def build_parser():
     p.add_argument("--resolution", metavar="R", type=multiple_of_8, help="centre squares of R x R pixels, as in "
                    "training (default: whole images, each squashed to 299x299)")
     p = command("scale", scale, how, data, resize, metrics, inception, picture)
-    p.add_argument("--vae", metavar="CKPT", required=True, nargs="+", help="one or several checkpoints")
+    p.add_argument("--vae", metavar="CKPT", default=[str(train.TRAINED)], nargs="+", help="one or several checkpoints "
+                   "(default: the LiteVAE-S that comes with this repository)")
     p.add_argument("--resolutions", metavar="R", type=multiple_of_8, nargs="+", default=[32, 64, 128, 256, 512],
                    help="sides of the square images in pixels (default: 32 64 128 256 512)")
     p = command("mmd", mmd, vae, how, side, data)
@@ -865,6 +939,14 @@ def build_parser():
     p.add_argument("--repeats", metavar="N", type=count, default=10, help="at least 2 (default: 10)")
     p.add_argument("--seed", metavar="S", type=train.natural, default=0, help="of all random choices (default: 0)")
     p.add_argument("--unscaled", action="store_true", help="latents as encoded (default: times scaling_factor)")
+    p = command("classes", classes)
+    p.add_argument("samples", metavar="DIR", help="folder of samples, DIR/images of `sample_ldm.py sample`")
+    p.add_argument("--class", dest="wanted", choices=list(train.SHAPES), help="what all of them were to show (default: "
+                   "the classes in turn)")
+    p.add_argument("--resolution", metavar="R", type=multiple_of_8, default=64, help="of the samples (default: 64)")
+    p.add_argument("--limit", metavar="N", type=count, help="only the first N (default: all)")
+    p.add_argument("--seed", metavar="S", type=train.seed, default=0, help="that of the training run (default: 0)")
+    p.add_argument("--train-images", metavar="N", type=count, default=8192, help="images it saw (default: 8192)")
     p = command("cost", cost, side)
     p.add_argument("--batch-size", metavar="B", type=count, help="images at a time (default: 32 on a GPU, else 2)")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="number format (default: fp32)")

@@ -1181,20 +1181,10 @@ def read_safetensors(path):
     """{name: tensor}: the file is the header's length in 8 bytes, a header in JSON, and the numbers."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
-        content = bytearray(file.read())
-    origin = 8 + int.from_bytes(content[:8], "little")
-    tensors, end = {}, 0
-    entries = json.loads(content[8:origin])
-    for name in sorted(entries.keys() - {"__metadata__"}, key=lambda name: entries[name]["data_offsets"]):
-        entry = entries[name]
-        first, last = entry["data_offsets"]
-        if first < end:
-            raise ValueError(f"{name} overlaps with another tensor")
-        end = last
-        if entry["dtype"] in dtypes:
-            numbers = torch.frombuffer(content[origin + first:origin + last], dtype=dtypes[entry["dtype"]])
-            tensors[name] = numbers.view(entry["shape"])
-    return tensors
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        numbers = bytearray(file.read())
+    return {name: torch.frombuffer(numbers[slice(*entry["data_offsets"])], dtype=dtypes[entry["dtype"]])
+            .view(entry["shape"]) for name, entry in header.items() if entry.get("dtype") in dtypes}
 
 
 class DWTEncoder(nn.Module):

@@ -417,10 +417,10 @@ def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     classes, label = [], None
     if args.class_cond:
-        classes = checkpoint["classes"] if args.resume else find_classes(args.data)
+        classes = checkpoint["classes"] if args.resume else find_classes(args.data) if args.data else list(train.SHAPES)
         label = functools.partial(class_number, classes)
     torch.manual_seed(args.seed)
-    dataset, held_out, about = train.open_images(args, label, args.clutter)
+    dataset, held_out, about = train.open_images(args, train.Shapes, label)
     if args.resume:
         denoiser, space = build(checkpoint, ema=False)
     else:
@@ -556,7 +556,7 @@ def cache_latents(path, dataset, vae, args, machine):
         images = train.ImageFolder(dataset.files, args.resolution, augment=False, labels=dataset.labels)
         count, names = len(images), "\n".join(images.files)
     else:
-        images, count, names = dataset, BUILT_IN_CACHE, f"built-in {args.seed} {args.clutter}"
+        images, count, names = dataset, BUILT_IN_CACHE, f"shapes {args.seed}"
     weights = 0
     for tensor in vae.state_dict().values():
         weights = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), weights)
@@ -733,37 +733,35 @@ def fresh_folder(path):
 
 # What both recipes share.
 COMMON = dict(
-    data=None, val=None, vae=None, resume=False, seed=0, workers=None, device=None, precision="auto", compile=False,
-    clip=1.0, resolution=None, cache_latents=False, clutter=0.0, class_cond=False, class_dropout=0.1)
+    data=None, val=None, vae=str(train.TRAINED), resume=False, seed=0, workers=None, device=None, precision="auto",
+    compile=False, clip=1.0, resolution=None, class_dropout=0.1)
 
-# What `sample_ldm.py train --vae CKPT` runs: under ten minutes on two CPU cores, which make and encode the images
+# What `sample_ldm.py train` runs: under ten minutes on two CPU cores, which make and encode the images
 # too. Noise levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
-    COMMON, model="quick", steps=2000, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
-    lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay_after=1000, ema=0.998, save_every=500, log_every=20)
+    COMMON, model="quick", class_cond=True, cache_latents=True, steps=2000, batch_size=8, noise_draws=16, noise_mean=-0.5, noise_std=1.2,
+    lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
 
 # What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for
 # latents (Karras et al. 2024), ln sigma of mean -0.4 at sigma_data = 0.5.
 DATA = dict(
-    COMMON, model="small", steps=30_000, batch_size=128, noise_draws=1, noise_mean=0.3, noise_std=1.0,
-    lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay_after=0, ema=0.9999, save_every=2_000, log_every=50)
+    COMMON, model="small", class_cond=False, cache_latents=False, steps=30_000, batch_size=128, noise_draws=1, noise_mean=0.3, noise_std=1.0,
+    lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay=0.0, ema=0.9999, save_every=2_000, log_every=50)
 
 
 OPTIONS = {
     **train.run_options("the denoiser"),
     "latents": {
         "vae": (str, "the autoencoder: a checkpoint of train.py, whose EMA weights are taken, or a released Stable "
-                     "Diffusion autoencoder. --resolution is by default the one it was trained at"),
+                     "Diffusion autoencoder (default: the LiteVAE-S that comes with this repository)"),
         "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out; without it "
-                                "images are encoded on the fly, with crops and flips"),
-        "clutter": (train.non_negative, "of the built-in images: 0 are a few large, smooth boxes and ellipses, 1 is "
-                                        "what train.py learns from")},
+                                "images are encoded on the fly, with crops and flips")},
     "diffusion": {
         "model": (list(PRESETS), "quick on a CPU, small for an hour on one GPU, ldm is the paper's"),
         "noise_draws": (train.positive_int, "examples made of each encoded image, each with its own noise"),
         "noise_mean": (train.number, "mean of ln sigma in training, P_mean of EDM"),
         "noise_std": (train.positive, "std of ln sigma in training, P_std of EDM"),
-        "class_cond": (bool, "learn the classes that the sub-folders of --data name"),
+        "class_cond": (bool, "learn classes: the kinds of built-in shapes, or the sub-folders of --data"),
         "class_dropout": (train.fraction, "share of examples trained without their class, for guidance")},
     **train.OPTIMISER_OPTIONS,
 }
@@ -779,7 +777,8 @@ def build_parser():
     about = "Write images of a trained diffusion model: DIR/grid.png, and one PNG file an image into DIR/images, a " \
             "folder that `eval.py fid` reads."
     add = commands.add_parser("sample", help=about, description=about).add_argument
-    add("--ldm", metavar="CKPT", required=True, help="checkpoint of sample_ldm.py train")
+    add("--ldm", metavar="CKPT", default="runs/ldm/checkpoint.pt", help="checkpoint of sample_ldm.py train (default: "
+        "runs/ldm/checkpoint.pt)")
     add("-n", type=train.positive_int, default=64, help="how many (default: 64)")
     add("--steps", type=train.positive_int, default=18, help="noise levels; all but the last cost two evaluations "
         "(default: 18)")
@@ -814,15 +813,10 @@ def merge(typed):
     typed.setdefault("out", "runs/ldm")
     options, checkpoint = train.merge(typed, DATA if "data" in typed else QUICK_START, load_ldm)
     if not checkpoint:
-        if not options["vae"]:
-            raise train.UsageError("--vae is missing: give a checkpoint of train.py, for one "
-                                   "runs/quickstart/checkpoint.pt")
         checkpoint = load_checkpoint(options["vae"])
         options["resolution"] = options["resolution"] or checkpoint.get("args", {}).get("resolution", 256)
     args = argparse.Namespace(**options)
     train.share_of_batch(args)
-    if args.class_cond and not args.data:
-        raise train.UsageError("--class-cond takes its classes from the sub-folders of --data: give that too")
     return args, checkpoint
 
 

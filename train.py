@@ -19,11 +19,11 @@ From top to bottom:
     4  The loop                fit, main
     The method ends here. Below are its parts, and what every training script needs:
     5  Ablations of the step   AblationTask: adaptive weight, LDL, gradient ratio
-    6  Images                  open_images, find_images, ImageFolder, BuiltInImages, load_image
+    6  Images                  open_images, find_images, ImageFolder, DeadLeaves, Shapes, load_image
     7  PSNR, grids and plots   psnr, save_grid, plot
     8  The machine             batches, Machine: device, precision, processes
     9  Around the loop         EMA, signals, lock, log, run_script
-   10  Built-in images         dead_leaves
+   10  Built-in images         dead_leaves, shape
 """
 
 import argparse
@@ -78,7 +78,7 @@ QUICK_START = dict(
     COMMON,
     size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True,
     resolution=64, batch_size=8, steps=1400,
-    lr=3e-3, beta1=0.9, beta2=0.95, lr_warmup=100, lr_decay_after=100, ema=0.99,
+    lr=3e-3, beta1=0.9, beta2=0.95, lr_warmup=100, lr_decay=0.7, ema=0.99,
     perceptual="none", weight_wavelet=0.2, weight_gaussian=0.0, weight_kl=1e-3,
     discriminator="none", save_every=350, log_every=20)
 
@@ -89,7 +89,7 @@ PAPER = dict(
     COMMON,
     size="B", latent_dim=4, decoder_channels=128, output_type="image", use_smc=False,
     resolution=128, batch_size=16, steps=200_000,
-    lr=1e-4, beta1=0.5, beta2=0.9, lr_warmup=0, lr_decay_after=0, ema=0.9999,
+    lr=1e-4, beta1=0.5, beta2=0.9, lr_warmup=0, lr_decay=0.0, ema=0.9999,
     perceptual="lpips", discriminator="unet", save_every=2_000, log_every=50)
 
 PERCEPTUAL = {"lpips": LPIPS, "esrgan": ESRGANPerceptual}
@@ -103,6 +103,7 @@ MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
 
 
 HELD_OUT = 64  # images at most
+TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to try; the README says how it was trained
 
 
 # --- 2  Options ---------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ OPTIMISER_OPTIONS = {"optimisation": {
     "beta1": (fraction, "Adam's first beta"),
     "beta2": (fraction, "Adam's second beta"),
     "lr_warmup": (natural, "steps of linear warm-up"),
-    "lr_decay_after": (natural, "steps after which the rate falls as 1/sqrt(step); 0: never"),
+    "lr_decay": (fraction, "share of the steps, at the end, over which the rate falls linearly to 0"),
     "clip": (positive, "largest gradient norm"),
     "ema": (fraction, "decay of the EMA weights, reached from (1+n)/(10+n)")}}
 
@@ -438,9 +439,9 @@ def update(optimizers, norms, lr):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then constant, or with --lr-decay-after n falling as sqrt(n / step), which needs no last step."""
-    decay = (args.lr_decay_after / max(step, args.lr_decay_after)) ** 0.5 if args.lr_decay_after else 1.0
-    return args.lr * decay * min(1.0, (step + 1) / max(1, args.lr_warmup))
+    """Linear warm-up, then constant; over the last --lr-decay of the steps linearly to 0."""
+    up, down = (step + 1) / max(1, args.lr_warmup), (args.steps - step) / max(1, args.lr_decay * args.steps)
+    return args.lr * min(1.0, up, down)
 
 
 # --- 4  The loop --------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def main(argv=None):
 def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     torch.manual_seed(args.seed)
-    dataset, held_out, about = open_images(args)
+    dataset, held_out, about = open_images(args, DeadLeaves)
     try:
         vae = LiteVAE.from_checkpoint(checkpoint) if checkpoint else build_autoencoder(args)
         discriminator = build_discriminator(args)
@@ -632,10 +633,10 @@ def gradient_ratio(adv, recon, last_layer, average):
 # position alone: a resumed run sees what it would have seen, and ranks need no communication.
 
 
-def open_images(args, label=None, clutter=1.0):
-    """The images to train on, those held out, and a description; `clutter` is of built-in ones.
+def open_images(args, built_in, label=None):
+    """The images to train on, those held out, and a description.
 
-    `label`, a function of a file and of the folder it was found below, gives the labels. UsageError if there is
+    `built_in`, DeadLeaves or Shapes, is what there is without --data. `label`, a function of a file and of the folder it was found below, gives the labels. UsageError if there is
     nothing to read.
     """
     def images(files, root, **how):
@@ -652,11 +653,11 @@ def open_images(args, label=None, clutter=1.0):
             print("Warning: the held-out images are no longer those the run began with: it may have trained on them")
         args.held_out = checksum  # the checkpoint keeps it
     else:
-        unseen = BuiltInImages(args.resolution, 2**32 - 1, clutter)  # a seed no run trains on
+        unseen = built_in(args.resolution, 2**32 - 1)  # a seed no run trains on
         held_out, names = [unseen[i] for i in range(HELD_OUT)], []
     if not args.data:
         about = f"built-in images, {len(held_out)} held out"
-        return BuiltInImages(args.resolution, args.seed, clutter), held_out, about
+        return built_in(args.resolution, args.seed), held_out, about
     files = files if args.val else [file for file in files if file not in names]
     about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
     if not files:
@@ -748,14 +749,23 @@ class ImageFolder:
         return reasons
 
 
-class BuiltInImages:
-    """An endless stream of dead-leaves images: position -> ((3, resolution, resolution) uint8, 0)."""
+class DeadLeaves:
+    """An endless stream of synthetic photographs: position -> ((3, resolution, resolution) uint8, 0)."""
 
-    def __init__(self, resolution, seed, clutter=1.0):
-        self.resolution, self.seed, self.clutter = resolution, seed, clutter
+    def __init__(self, resolution, seed):
+        self.resolution, self.seed = resolution, seed
 
     def __getitem__(self, position):
-        return as_tensor(dead_leaves(self.resolution, np.random.default_rng((self.seed, position)), self.clutter)), 0
+        return as_tensor(dead_leaves(self.resolution, np.random.default_rng((self.seed, position)))), 0
+
+
+class Shapes(DeadLeaves):
+    """An endless stream of single objects: position -> ((3, resolution, resolution) uint8, its class)."""
+
+    def __getitem__(self, position):
+        rng = np.random.default_rng((self.seed, position))
+        label = int(rng.integers(len(SHAPES)))
+        return as_tensor(shape(list(SHAPES)[label], self.resolution, rng)), label
 
 
 @functools.lru_cache(maxsize=4)
@@ -1183,20 +1193,19 @@ def run_script(name, work):
 # --- 10  Built-in images ------------------------------------------------------------------------------
 
 
-def dead_leaves(size, rng, clutter=1.0):
+def dead_leaves(size, rng):
     """A synthetic photograph: (size, size, 3) uint8, drawn from `rng` alone.
 
     Opaque leaves with a power law of sizes fall on one another. That alone gives the edges, the occlusions
     and the scale invariance of natural images (Lee, Mumford & Huang 2001). Each leaf has shading and
     textures of its own, so that calm areas lie beside busy ones and the amplitude spectrum stays near 1/f
     (Field 1987). Exposure, contrast, white balance, saturation, clutter and focus are drawn once an image:
-    it is in these that photographs differ most from one another. `clutter` scales the number of small leaves,
-    textures and the unevenness of outlines: at 0 two to seven large, smooth boxes and ellipses are left.
+    it is in these that photographs differ most from one another.
     """
     # The leaves: a few large ones first (ground, sky, walls), then radii r with p(r) ~ r^-3, small ones late.
     r_min, r_max = np.exp(rng.uniform(np.log(1.2), np.log(14))), 0.8 * size
     large = rng.integers(2, 8)
-    small = int(clutter * min(rng.uniform(0.2, 2.2) * (size / r_min) ** 2 / 4, 1.5 * size))  # capped: time is linear
+    small = int(min(rng.uniform(0.2, 2.2) * (size / r_min) ** 2 / 4, 1.5 * size))  # capped: time is linear
     n = large + small
     radius = (r_min**-2 + rng.random(small) * (r_max**-2 - r_min**-2)) ** -0.5  # inverse of the cumulative
     radius = np.concatenate([size * rng.uniform(0.3, 1.3, large),
@@ -1204,7 +1213,7 @@ def dead_leaves(size, rng, clutter=1.0):
     centre = rng.uniform(-0.15, 1.15, (n, 2)) * size  # y, x
     built = rng.random()  # from nature, 0: ellipses with uneven outlines, to architecture, 1: upright boxes
     box = rng.random(n) < 0.15 + 0.6 * built
-    uneven = np.where(box | (rng.random(n) < 0.3), 0, clutter * rng.uniform(0, 0.6, n))
+    uneven = np.where(box | (rng.random(n) < 0.3), 0, rng.uniform(0, 0.6, n))
     upright = rng.normal(0, 0.05) + np.pi / 2 * rng.integers(0, 2, n)
     angle = np.where(rng.random(n) < built, upright, rng.uniform(0, np.pi, n))
     aspect = np.exp(-np.abs(rng.normal(0, 0.7, n)))
@@ -1215,14 +1224,16 @@ def dead_leaves(size, rng, clutter=1.0):
     owner = np.zeros((2 * size, 2 * size), dtype=int)
     axis = (np.arange(2 * size) + 0.5) / 2
     bumps = noise_field(size, 2.0, rng).repeat(2, 0).repeat(2, 1)
+    reach = 1.42 * radius[:, None]
+    first = np.clip(2 * (centre - reach), 0, 2 * size).astype(int)  # corners of the boxes around the leaves: y, x
+    last = np.clip(2 * (centre + reach), 0, 2 * size).astype(int)
+    cos, sin = np.cos(angle), np.sin(angle)
     for k in range(1, n):
-        reach = 1.42 * radius[k]
-        y0, x0 = np.clip(2 * (centre[k] - reach), 0, 2 * size).astype(int)
-        y1, x1 = np.clip(2 * (centre[k] + reach), 0, 2 * size).astype(int)
+        (y0, x0), (y1, x1) = first[k], last[k]
         y = (axis[y0:y1, None] - centre[k, 0]) / radius[k]
         x = (axis[x0:x1] - centre[k, 1]) / radius[k]
-        u = x * np.cos(angle[k]) + y * np.sin(angle[k])
-        v = (y * np.cos(angle[k]) - x * np.sin(angle[k])) / aspect[k]
+        u = x * cos[k] + y * sin[k]
+        v = (y * cos[k] - x * sin[k]) / aspect[k]
         distance = np.maximum(np.abs(u), np.abs(v)) if box[k] else u * u + v * v  # below 1 inside the leaf
         if uneven[k]:
             distance = distance + uneven[k] * bumps[y0:y1, x0:x1]
@@ -1238,7 +1249,7 @@ def dead_leaves(size, rng, clutter=1.0):
     look[:, 3:5] = rng.normal(0, 0.2, (n, 2)) / np.maximum(radius, 8)[:, None]
     look[:, 5] = -(look[:, 3:5] * centre).sum(axis=1)  # no shading at the centre
     strength = rng.lognormal(-0.3, 0.9) * rng.lognormal(0, 1.2, (n, 4)) * [0.08, 0.1, 0.1, 0.12]
-    look[:, 6:] = clutter * np.minimum(strength, 0.35) * (rng.random((n, 4)) < [1, 0.6, 0.3, 0.15])
+    look[:, 6:] = np.minimum(strength, 0.35) * (rng.random((n, 4)) < [1, 0.6, 0.3, 0.15])
     wave = rng.uniform(0.2, 2.5, (n, 1)) * np.stack([np.cos(angle), np.sin(angle)], axis=1)  # radians a pixel
 
     # Look every pixel up. The mean of its four samples antialiases the edges.
@@ -1267,6 +1278,51 @@ def noise_field(size, slope, rng, stretch=1.0, angle=0.0):
     f = np.sqrt((stretch * along) ** 2 + across**2 + 0.25 / size**2)  # the last term keeps it above 0
     field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / f**slope, s=(size, size))
     return ((field - field.mean()) / field.std()).astype(np.float32)
+
+
+def polygon(x, y, corners, inner):
+    """Inside a star of that many corners, its tips at radius 1 and its inner corners at `inner`; one tip is on top."""
+    half = np.pi / corners
+    angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)  # from the nearest tip: 0 to half
+    u, v = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+    # Below the line from the tip, (1, 0), to the inner corner.
+    return v * (1 - inner * np.cos(half)) < (1 - u) * inner * np.sin(half)
+
+
+# Where a shape of radius 1 is, of points (x, y); y points down.
+SHAPES = {
+    "disc": lambda x, y: x**2 + y**2 < 0.8,
+    "ring": lambda x, y: (x**2 + y**2 < 0.9) & (x**2 + y**2 > 0.35),
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.72,
+    "triangle": lambda x, y: polygon(x, y, 3, 0.5),
+    "star": lambda x, y: polygon(x, y, 5, 0.42),
+    "cross": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) < 0.28) & (np.maximum(np.abs(x), np.abs(y)) < 0.9),
+    "moon": lambda x, y: (x**2 + y**2 < 0.9) & ((x - 0.55) ** 2 + y**2 > 0.6),
+    "heart": lambda x, y: (x**2 + (1.1 * y + 0.6 * np.abs(x) ** 0.66 - 0.1) ** 2) < 0.75,
+}
+
+
+def shape(name, size, rng):
+    """One object of SHAPES on a calm ground: (size, size, 3) uint8, drawn from `rng` alone.
+
+    Place, size, angle, both colours and their shading vary; the colours differ enough to be told apart.
+    """
+    radius = size * rng.uniform(0.24, 0.4)
+    cx, cy = rng.uniform(radius, size - radius, 2)
+    angle = rng.uniform(0, 2 * np.pi)
+    while True:
+        ground, colour = rng.uniform(0.1, 0.9, (2, 3))
+        if np.linalg.norm(ground - colour) > 0.5:
+            break
+    # Three samples a pixel along each axis, whose mean antialiases the border.
+    y, x = (np.mgrid[:3 * size, :3 * size] + 0.5) / 3
+    u, v = (x - cx) / radius, (y - cy) / radius
+    inside = SHAPES[name](u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle))
+    cover = inside.reshape(size, 3, size, 3).mean(axis=(1, 3))[..., None]  # (size, size, 1)
+    light = rng.normal(0, 0.15, (2, 2)) @ (np.mgrid[:size, :size].reshape(2, -1) / size - 0.5)  # of both, linear
+    light = 1 + light.reshape(2, size, size, 1)
+    image = (1 - cover) * ground * light[0] + cover * colour * light[1]
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 if __name__ == "__main__":
