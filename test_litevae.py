@@ -2646,14 +2646,18 @@ def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, 
     assert [images[i][1] for i in range(6)] == [3, 1, 4, 1, 5, 3]  # the broken one's is its neighbour's
     for epoch in range(10):  # each file once an epoch; the broken one's place is its neighbour's
         assert sorted(index % 5 for index, _ in found[6 * epoch:6 * epoch + 6]) == [0, 0, 1, 2, 3, 4]
-    assert 10 < sum(flip for _, flip in found) < 50 and len({tuple(found[6 * e:6 * e + 6]) for e in range(10)}) == 10
+    assert 10 < sum(flip for _, flip in found) < 50
+    assert len({tuple(index for index, _ in found[6 * e:6 * e + 6]) for e in range(10)}) > 8  # shuffled anew
 
     before = path.stat().st_mtime_ns
     sample_ldm.cache_latents(path, images, vae, args, machine)  # taken up as it is
     assert path.stat().st_mtime_ns == before
-    with pytest.raises(train.UsageError, match="another autoencoder"):
-        nn.init.zeros_(vae.encoder.feature_aggregator.out_layer.bias)
-        sample_ldm.cache_latents(path, images, vae, args, machine)
+    fewer = train.ImageFolder(images.files[:5] + images.files[:1], 16, augment=False)
+    other = copy.deepcopy(vae)
+    nn.init.zeros_(other.encoder.feature_aggregator.out_layer.bias)
+    for wrong in ((images, other, args), (fewer, vae, args), (images, vae, argparse.Namespace(**vars(args) | {"resolution": 8}))):
+        with pytest.raises(train.UsageError, match="another autoencoder"):
+            sample_ldm.cache_latents(path, *wrong, machine)
 
 
 def test_a_tiny_model_learns_two_clusters():
@@ -2730,8 +2734,11 @@ def test_diffusion_takes_any_latent_and_the_resolution_of_the_autoencoder(latent
     assert image.shape == (24, 24, 3)
 
 
-def test_a_diffusion_run_equals_edm_written_out(tmp_path, vae_file, class_folder, tiny_ldm):
+def test_a_diffusion_run_equals_edm_written_out(tmp_path, vae_file, class_folder, tiny_ldm, monkeypatch):
     """Six steps on the latents of two classes in which every option has an unusual value."""
+    drawn, draw = [], sample_ldm.draw
+    monkeypatch.setattr(sample_ldm, "draw", lambda denoiser, *args, **how: drawn.append(
+        (copy.deepcopy(denoiser.state_dict()), how)) or draw(denoiser, *args, **how))
     options = UNUSUAL | {"noise_draws": 3, "noise_mean": 0.7, "noise_std": 0.4, "class_dropout": 0.3}
     log, checkpoint = trained(tmp_path / "a", *typed(options), "--data", class_folder, "--val", class_folder,
                               "--class-cond", "--vae", vae_file, script=sample_ldm)
@@ -2780,7 +2787,10 @@ def test_a_diffusion_run_equals_edm_written_out(tmp_path, vae_file, class_folder
     with torch.no_grad():
         z = (vae.encode(torch.stack(x) / 127.5 - 1).latent_dist.mean - centre) / scale
         loss = sample_ldm.diffusion_loss(ema.eval(), z, sigma, noise, torch.tensor(label))
-    assert float(log[-1]["val_loss"]) == pytest.approx(loss.item(), rel=2e-3)
+    assert float(log[-1]["val_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+    [(weights, how)] = drawn
+    assert_same_weights(weights, checkpoint["ema"])
+    assert how["label"].tolist() == 8 * [0, 1] and how["guidance"] == 1.5
 
 
 def pixels(folder):
@@ -3142,7 +3152,7 @@ def test_rfid_equals_the_fid_of_files_that_hold_the_reconstructions(
                        "--batch-size", 5, *how)
     saved = measured(tmp_path, "fid", tmp_path / "y", tmp_path / "x.npz", *how)
     assert folders["n"] == saved["n"] == rfid["n"] == 6 and folders["fid"] > 0.1
-    assert rfid["rfid"] == pytest.approx(folders["fid"], rel=1e-3)
+    assert rfid["rfid"] == pytest.approx(folders["fid"], rel=1e-5)
     assert saved["fid"] == pytest.approx(folders["fid"], rel=1e-6)
     assert all("not the published" in r["inception"] for r in (rfid, folders, saved))
     assert seen == [str(inception_file)] * 3
