@@ -7,14 +7,16 @@
     python eval.py cost                                  encoders against Stable Diffusion's         Table 3
     python eval.py latents --vae CKPT [IMAGE ...]        latents as pictures                         Figs. 2 and 4
     python eval.py features --vae CKPT [IMAGE ...]       decoder feature maps                        Fig. 3
+    python eval.py classes DIR                           do samples show what was asked for?         Tables 7 and 13
 
-Each has its own --help. Without --data or IMAGE they use the built-in images of train.py. From top to bottom:
+Each has its own --help. Without --vae they use the LiteVAE-S that comes with the repository, without --data or IMAGE
+the built-in images of train.py. From top to bottom:
 
     1  Reconstruction          ssim (PSNR: train.py, LPIPS: litevae.py)
     2  FID                     InceptionV3, FeatureStatistics, frechet_distance
     3  MMD                     mmd2
     4  Cost                    count_macs, peak_memory, throughput
-    5  Commands                recon, fid, scale, mmd, cost, latents, features
+    5  Commands                recon, fid, scale, mmd, cost, latents, features, classes
     6  Images and weights      Images, load_vae, load_metrics, encode
     7  Arguments and main
 """
@@ -622,64 +624,70 @@ def classes(args):
 
     A small network learns to name the kinds of built-in shapes, from images that no run trains on, until it names at
     least 99 % of others. Samples are taken to go through the classes in turn, as `sample` writes them, or to be all of
-    --class. Copies: samples nearer to a training image than new shapes ever are. Five minutes.
+    --class. Copies: samples nearer to a training image than new shapes ever are. Needs only samples. Two minutes.
     """
     machine = exact_machine(args.device)
-    names = list(train.SHAPES)
     images = Images(args.samples, args.resolution, args.limit)
-    samples = machine.images(torch.cat(list(images.batches(64, machine))))  # (N, 3, R, R)
-    wanted = [names.index(args.wanted)] if args.wanted else range(len(names))
-    wanted = torch.tensor([wanted[i % len(wanted)] for i in range(len(samples))])
-    shapes = lambda seed, first, n: [torch.stack(x) for x in zip(*(  # noqa: E731
-        (image, torch.tensor(label)) for image, label in map(train.Shapes(args.resolution, seed).__getitem__,
-                                                             range(first, first + n))))]
-    new, new_labels = shapes(2**32 - 1, 0, 512)
-    network, right = train_classifier(shapes(2**32 - 1, 512, 4096), (new, new_labels), machine)
+    samples = small(torch.cat(list(images.batches(64, machine))), machine)  # (N, 3, 32, 32)
+    names = list(train.SHAPES)
+    turn = [names.index(args.wanted)] if args.wanted else range(len(names))
+    wanted = torch.tensor([turn[i % len(turn)] for i in range(len(samples))])
+    unseen = 2**32 - 1  # a seed no run trains on
+    new = shapes(args.resolution, unseen, range(512), machine)
+    network, right = train_classifier(shapes(args.resolution, unseen, range(512, 4608), machine), new)
     named = network(samples).argmax(dim=1).cpu()
-    # Nearest neighbours among training images, reduced to 16x16 pixels: the root of the mean squared difference.
-    reduce = lambda x: F.adaptive_avg_pool2d(machine.images(x), 16).flatten(1)  # noqa: E731
-    seen = reduce(shapes(args.seed, 0, args.train_images)[0])
-    gap = lambda x: torch.cdist(x, seen).amin(dim=1) / seen.shape[1] ** 0.5  # noqa: E731
-    of_samples, of_new = gap(F.adaptive_avg_pool2d(samples, 16).flatten(1)), gap(reduce(new))
+    # Nearest neighbours among training images, at 16x16 pixels: the root of the mean squared difference.
+    seen, _ = shapes(args.resolution, args.seed, range(args.train_images), machine)
+    distance = lambda x: torch.cdist(F.avg_pool2d(x, 2).flatten(1), F.avg_pool2d(seen, 2).flatten(1)).amin(1)  # noqa: E731
+    of_samples, of_new = distance(samples) / 768**0.5, distance(new[0]) / 768**0.5
     numbers = {"n": len(samples), "classifier": right, "correct": (named == wanted).float().mean().item(),
                "copies": (of_samples < of_new.min()).float().mean().item(),
                "nearest": of_samples.median().item(), "nearest_new": of_new.median().item()}
-    print(f"The classifier names {right:.1%} of {len(new)} new shapes; of {len(samples)} samples it names "
-          f"{numbers['correct']:.1%} as what was asked for")
     print_table([["class", "samples", "named so"], *(
         [names[k], str(int((wanted == k).sum())), f"{(named[wanted == k] == k).float().mean():.1%}"]
         for k in sorted(set(wanted.tolist())))])
-    print(f"Copies of {len(seen)} training images: {numbers['copies']:.1%}; median distance to the nearest one: samples "
-          f"{numbers['nearest']:.3f}, new shapes {numbers['nearest_new']:.3f} (pixels in [-1, 1])")
+    print(f"Of {len(samples)} samples the classifier names {numbers['correct']:.1%} as what was asked for, of {len(new[1])} "
+          f"new shapes {right:.1%}\nCopies of {len(seen)} training images: {numbers['copies']:.1%}; median distance to the "
+          f"nearest: samples {numbers['nearest']:.3f}, new shapes {numbers['nearest_new']:.3f}, pixels in [-1, 1]")
     return numbers
 
 
+def small(images, machine):
+    """(B, 3, R, R) uint8 -> (B, 3, 32, 32) in [-1, 1] on the device."""
+    return F.adaptive_avg_pool2d(machine.images(images), 32)
+
+
+def shapes(resolution, seed, positions, machine):
+    """Built-in shapes: (N, 3, 32, 32) in [-1, 1] and their classes, (N,)."""
+    images, labels = zip(*map(train.Shapes(resolution, seed).__getitem__, positions))
+    return small(torch.stack(images), machine), torch.tensor(labels)
+
+
 @torch.enable_grad()
-def train_classifier(known, new, machine, enough=0.99, most=6000):
-    """A network that names shapes, and its share of right answers on `new`; both are (images, labels)."""
+def train_classifier(known, new, enough=0.99, steps=5000):
+    """A network that names shapes, and its share of right answers on `new`; both are (images, classes)."""
     torch.manual_seed(0)
     layers, width = [], 3
     for channels in (32, 64, 128, 128):
         layers += [nn.Conv2d(width, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()]
         width = channels
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, len(train.SHAPES)))
-    network.to(machine.device)
+    network.to(known[0].device)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for step in range(most):
+    for step in range(steps):
         rows = torch.randint(len(known[0]), (64,))
-        # A shape turned, mirrored or in other colours keeps its kind.
-        x = machine.images(known[0][rows]).rot90(step % 4, (2, 3)).flip(-1)[:, torch.randperm(3)]
-        loss = F.cross_entropy(network(x), known[1][rows].to(machine.device))
+        # A shape that is turned, mirrored or in other colours keeps its name.
+        x = known[0][rows].rot90(step % 4, (2, 3))[:, torch.randperm(3)]
+        loss = F.cross_entropy(network(x.flip(-1) if step % 8 < 4 else x), known[1][rows].to(x.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % 100 == 0:
-            with torch.no_grad():
-                right = (network.eval()(machine.images(new[0])).argmax(dim=1).cpu() == new[1]).float().mean().item()
+            right = (network.eval()(new[0]).argmax(dim=1).cpu() == new[1]).float().mean().item()
             if right >= enough:
                 return network, right
             network.train()
-    raise train.UsageError(f"the classifier names {right:.1%} of new shapes only: choose a larger --resolution")
+    raise train.UsageError(f"the classifier names only {right:.1%} of new shapes: their --resolution is too low")
 
 
 # --- 6  Images and weights ----------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Train a small latent diffusion model on LiteVAE's latents, and sample from it (Sec. 5, Tables 7 and 13, App. C).
 
-    python sample_ldm.py train --vae runs/quickstart/checkpoint.pt         built-in images, minutes on a CPU
+    python sample_ldm.py train                                             built-in shapes, minutes on a CPU
+    python sample_ldm.py sample --class star --guidance 2                  a grid and 64 PNG files
     python sample_ldm.py train --vae CKPT --data DIR --out runs/my-ldm     your images, on one GPU
     python sample_ldm.py train --resume --out runs/my-ldm                  go on where a run stopped, to the bit
-    python sample_ldm.py sample --ldm runs/ldm/checkpoint.pt -n 64         a grid and 64 PNG files
     torchrun --nproc_per_node=2 sample_ldm.py train ...                    either command, shared by processes
 
 Training writes into --out what train.py does: checkpoint.pt, log.csv and samples-STEP.png. The checkpoint

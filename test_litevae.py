@@ -1460,8 +1460,9 @@ def test_folder_positions_repeat_and_epochs_shuffle(folder):
     plain = train.ImageFolder(files, 16, augment=False, labels=list(range(len(files))))
     for i, file in enumerate(files):
         assert torch.equal(plain[i][0], load_square(file, 16)) and plain[i][1] == i
-    orders = [train.permutation(len(files), 1, epoch).tolist() for epoch in range(3)]
-    assert all(sorted(order) == list(range(len(files))) for order in orders) and len(set(map(tuple, orders))) > 1
+    n, data = len(files), train.ImageFolder(files, 16, seed=1, labels=list(range(len(files))))
+    orders = [[data[epoch * n + i][1] for i in range(n)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(n)) for order in orders) and len(set(map(tuple, orders))) > 1
 
 
 def readable(folder):
@@ -1481,8 +1482,8 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(tmp_path):
                           (Image.new("RGBA", (16, 16), (40, 50, 60, 255)), [40, 50, 60]),
                           (Image.new("LA", (16, 16), (30, 255)), [30, 30, 30])]:
         assert (save_and_load(tmp_path, image) == colour).all(), image.mode
-    sixteen = Image.fromarray(np.full((16, 16), 128 * 257, dtype=np.uint16))
-    assert np.abs(save_and_load(tmp_path, sixteen).astype(int) - 128).max() <= 1
+    sixteen = Image.fromarray(np.full((16, 16), 250 * 257, dtype=np.uint16))
+    assert np.abs(save_and_load(tmp_path, sixteen).astype(int) - 250).max() <= 1
     assert np.abs(save_and_load(tmp_path, red.convert("CMYK"), "x.tif").astype(int) - [255, 0, 0]).max() <= 2
     upright, exif = Image.new("RGB", (16, 16), "blue"), Image.Exif()
     upright.paste("red", (0, 0, 16, 4))  # red on top
@@ -1874,6 +1875,8 @@ def test_a_discriminator_step_that_is_not_finite_changes_no_weight_of_it(tmp_pat
     loss, calls = train.discriminator_loss, itertools.count()
     monkeypatch.setattr(train, "discriminator_loss", lambda *how: loss(*how) * (math.nan if next(calls) == 1 else 1))
     task, batch = prepared(*GAN, "--disc-start", 0, "--steps", 9, "--out", tmp_path / "a")
+    task.judge(task.vae(task.machine.images(batch[0])).sample)[0].sum().backward()
+    assert all(p.grad is None for p in task.discriminator.parameters())  # judging costs it nothing
     states = []
     for step in range(3):
         values = task.step(batch, step, True)
@@ -2039,7 +2042,7 @@ HELP = {"train.py": (train, ["default: S, with --data B", "default: 64, with --d
         "sample_ldm.py train": (sample_ldm, ["default: quick, with --data small", "updates of the denoiser"]),
         "sample_ldm.py sample": (sample_ldm, []),
         **{f"eval.py {command}": (evaluation, ["Needs", "--json"])
-           for command in ("recon", "fid", "scale", "mmd", "cost", "latents", "features")}}
+           for command in ("recon", "fid", "scale", "mmd", "cost", "latents", "features", "classes")}}
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -3127,7 +3130,10 @@ def test_recon_equals_the_metrics_image_by_image_whatever_the_batch_size(folder,
         assert result["n"] == 6 and "rfid" not in result and result["lpips_net"] == "vgg" and result["resolution"] == 32
         for name, values in expected.items():
             assert result[name] == pytest.approx(np.mean(values), rel=1e-4), name
-    assert Image.open(tmp_path / "r.png").size == (6 * 130 - 2, 3 * 130 - 2)
+    picture = np.asarray(Image.open(tmp_path / "r.png")).astype(float)
+    assert picture.shape == (3 * 130 - 2, 6 * 130 - 2, 3)
+    x, y, difference = [picture[:128, 130 * i:130 * i + 128] for i in range(3)]
+    assert np.abs(difference - (127.5 + 2 * (y - x)).clip(0, 255)).max() <= 3
 
 
 def test_rfid_equals_the_fid_of_files_that_hold_the_reconstructions(
@@ -3200,8 +3206,9 @@ def test_scale_measures_every_checkpoint_at_every_resolution(vae_file, folder, t
     assert [r["vae"] for r in results] == 2 * [str(vae_file), str(other)]
     assert [(r["resolution"], r["n"]) for r in results] == [(16, 6), (16, 6), (32, 6), (32, 6)]
     assert "rFID (random features)" in capsys.readouterr().out
-    alone = measured(tmp_path, "recon", "--vae", other, "--data", folder, "--resolution", 16, *NO_METRICS)
-    assert alone["psnr"] == pytest.approx(results[1]["psnr"], rel=1e-5)
+    recon = ["recon", "--vae", other, "--data", folder, "--resolution", 16, *NO_METRICS]
+    assert measured(tmp_path, *recon)["psnr"] == pytest.approx(results[1]["psnr"], rel=1e-5)
+    assert measured(tmp_path, *recon, "--limit", 3)["n"] == len({*train.find_images(folder)[:3]} & {*readable(folder)})
     with open(tmp_path / "plot.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [float(r["ssim"]) for r in table] == pytest.approx([r["ssim"] for r in results], rel=1e-4)
@@ -3222,13 +3229,14 @@ def test_mmd_command_measures_scaled_latents_and_its_spread(vae_file, tmp_path, 
     assert run_mmd("--sample", "--unscaled")["mmd2"]["25"]["mean"] != a["mmd2"]["25"]["mean"]
     vae = LiteVAE.from_checkpoint(vae_file)  # one bandwidth, by hand: all 12 with the same six choices
     images = torch.stack([train.DeadLeaves(32, 2**32 - 1)[i][0] for i in range(12)]) / 127.5 - 1
+    noise, generator, values = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4), []
     with torch.no_grad():
-        z = vae.encode(images).latent_dist.mode().flatten(1) * 0.5
-    generator, values = torch.Generator().manual_seed(1), []
+        q = vae.encode(images).latent_dist
+        z = (q.mean + q.std * torch.stack([torch.randn(4, 4, 4, generator=noise) for _ in range(12)])).flatten(1) * 0.5
     for _ in range(10):
         chosen = z[torch.randperm(12, generator=generator)[:6]]
         values.append(evaluation.mmd2(chosen, torch.randn(6, 64, generator=generator), [50])[0])
-    of_50 = run_mmd()["mmd2"]["50"]
+    of_50 = run_mmd("--sample", "--seed", 3)["mmd2"]["50"]
     assert of_50["mean"] == pytest.approx(np.mean(values), rel=1e-4)
     assert of_50["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
     assert "thousandths" in capsys.readouterr().out
@@ -3274,6 +3282,7 @@ def test_latents_show_what_they_measure(vae_file, folder, tmp_path):
     shown, red = picture[:128, 130:258, 0][::16, ::16], z[0, 0].numpy()  # channel 0 as red, squares of 16
     inner = (shown > 0) & (shown < 255)
     assert inner.sum() > 40 and np.corrcoef(shown[inner], red[inner])[0, 1] > 0.999
+    assert measured(tmp_path, "latents", "--vae", vae_file, files[0])["resolution"] == 32  # that of training
 
 
 def test_features_show_the_strongest_map_first(vae_file, tmp_path):
@@ -3356,3 +3365,33 @@ def test_lpips_judges_clamped_outputs(vae_file, tmp_path, vgg, monkeypatch):
     save_checkpoint(tmp_path / "loud.pt", loud)
     assert run(evaluation, "recon", "--vae", tmp_path / "loud.pt", "--limit", 2, "--resolution", 32, "--no-fid", "--out", tmp_path / "r.png", "--device", "cpu") == 0
     assert seen and all(largest == 1 for largest, _ in seen)
+
+
+def test_classes_are_named_and_copies_are_found(tmp_path, monkeypatch, capsys):
+    """Shapes in turn, one under a wrong name, one from the training set; with an oracle for a classifier."""
+    shapes, seen = train.Shapes(32, 11), train.Shapes(32, 0)
+    first = lambda data, k: next(image for image, label in map(data.__getitem__, range(500)) if label == k)  # noqa: E731
+    samples = [first(shapes, k) for k in range(8)]
+    samples[2], samples[5] = first(seen, 2), first(shapes, 6)  # a copy; a moon for a cross
+    known = torch.stack(samples)
+    for i, image in enumerate(samples):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+
+    def oracle(x):
+        which = torch.cdist(x.flatten(1), (known / 127.5 - 1).flatten(1)).argmin(1)
+        return F.one_hot(torch.tensor([0, 1, 2, 3, 4, 6, 6, 7])[which], 8)
+    monkeypatch.setattr(evaluation, "train_classifier", lambda known, new: (oracle, 0.995))
+    numbers = measured(tmp_path, "classes", tmp_path, "--resolution", 32, "--train-images", 600)
+    assert (numbers["n"], numbers["correct"], numbers["copies"], numbers["classifier"]) == (8, 7 / 8, 1 / 8, 0.995)
+    assert measured(tmp_path, "classes", tmp_path, "--resolution", 32, "--class", "moon")["correct"] == 2 / 8
+    assert "cross" in capsys.readouterr().out
+
+
+def test_the_classifier_learns_what_it_is_shown():
+    """Three plain colours stand for classes: a network that names them all is found at its first test."""
+    labels = torch.arange(96) % 3
+    images = torch.tensor([-1.0, 0.0, 1.0])[labels].view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    network, right = evaluation.train_classifier((images, labels), (images, labels))
+    assert right == 1 and (network(images).argmax(1) == labels).all() and not network.training
+    with pytest.raises(train.UsageError, match="only"):
+        evaluation.train_classifier((images, labels), (images, labels.flip(0)), steps=100)
