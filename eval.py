@@ -638,17 +638,18 @@ def classes(args):
     named = network(samples).argmax(dim=1).cpu()
     # Nearest neighbours among training images, at 16x16 pixels: the root of the mean squared difference.
     seen, _ = shapes(args.resolution, args.seed, range(args.train_images), machine)
-    distance = lambda x: torch.cdist(F.avg_pool2d(x, 2).flatten(1), F.avg_pool2d(seen, 2).flatten(1)).amin(1)  # noqa: E731
-    of_samples, of_new = distance(samples) / 768**0.5, distance(new[0]) / 768**0.5
+    flat = lambda x: F.avg_pool2d(x, 2).flatten(1) / 768**0.5  # noqa: E731
+    of_samples, of_new = [torch.cdist(flat(x), flat(seen)).amin(dim=1) for x in (samples, new[0])]
     numbers = {"n": len(samples), "classifier": right, "correct": (named == wanted).float().mean().item(),
                "copies": (of_samples < of_new.min()).float().mean().item(),
                "nearest": of_samples.median().item(), "nearest_new": of_new.median().item()}
     print_table([["class", "samples", "named so"], *(
         [names[k], str(int((wanted == k).sum())), f"{(named[wanted == k] == k).float().mean():.1%}"]
         for k in sorted(set(wanted.tolist())))])
-    print(f"Of {len(samples)} samples the classifier names {numbers['correct']:.1%} as what was asked for, of {len(new[1])} "
-          f"new shapes {right:.1%}\nCopies of {len(seen)} training images: {numbers['copies']:.1%}; median distance to the "
-          f"nearest: samples {numbers['nearest']:.3f}, new shapes {numbers['nearest_new']:.3f}, pixels in [-1, 1]")
+    print(f"The classifier names {right:.1%} of {len(new[1])} new shapes, and {numbers['correct']:.1%} of "
+          f"{len(samples)} samples as what was asked for\nCopies of {len(seen)} training images: "
+          f"{numbers['copies']:.1%}; median distance to the nearest: samples {numbers['nearest']:.3f}, new shapes "
+          f"{numbers['nearest_new']:.3f}")
     return numbers
 
 
@@ -769,7 +770,7 @@ def exact_machine(device, precision="fp32"):
 
 
 def picture(args, vae, name):
-    """The file of a command's picture: --out, or `name` beside the checkpoint; the shipped one's go into this folder."""
+    """The file of a command's picture: --out, or `name` beside the checkpoint; here for the one that is shipped."""
     return Path(args.out or (name if vae == str(train.TRAINED) else Path(vae).with_name(name)))
 
 
@@ -894,8 +895,8 @@ def build_parser():
     metrics, inception, picture, resize = group(), group(), group(), group()
     general.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     general.add_argument("--json", metavar="FILE", type=output_file, help="write the numbers to FILE too (default: no)")
-    vae.add_argument("--vae", metavar="CKPT", default=str(train.TRAINED), help="checkpoint, or released Stable Diffusion "
-                     "VAE (default: the LiteVAE-S that comes with this repository)")
+    vae.add_argument("--vae", metavar="CKPT", default=str(train.TRAINED), help="checkpoint, or released Stable "
+                     "Diffusion VAE (default: the LiteVAE-S that comes with this repository)")
     how.add_argument("--raw-weights", action="store_true", help="the raw weights (default: the EMA weights)")
     how.add_argument("--sample", action="store_true", help="sample the latent (default: the posterior's mean)")
     side.add_argument("--resolution", metavar="R", type=multiple_of_8,

@@ -636,8 +636,8 @@ def gradient_ratio(adv, recon, last_layer, average):
 def open_images(args, built_in, label=None):
     """The images to train on, those held out, and a description.
 
-    `built_in`, DeadLeaves or Shapes, is what there is without --data. `label`, a function of a file and of the folder it was found below, gives the labels. UsageError if there is
-    nothing to read.
+    `built_in`, DeadLeaves or Shapes, is what there is without --data. `label`, a function of a file and of the folder
+    it was found below, gives the labels. UsageError if there is nothing to read.
     """
     def images(files, root, **how):
         return ImageFolder(files, args.resolution, labels=label and [label(file, root) for file in files], **how)
