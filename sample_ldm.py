@@ -799,7 +799,7 @@ def build_parser():
     add("--raw-weights", action="store_true", help="the raw weights instead of the EMA weights")
     add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="bf16 runs the networks in bfloat16; auto does where the GPU is built for it (default: auto)")
+        help="bf16 runs the networks in bfloat16; auto does where GPU or CPU are built for it (default: auto)")
     return parser
 
 

@@ -97,11 +97,10 @@ def count(module):
 
 # The scripts, run in this process with tiny options.
 
-TINY = {train: ["--device", "cpu", "--workers", "0", "--decoder-channels", "8", "--resolution", "16",
-                "--batch-size", "2", "--lr-decay", "0", "--log-every", "1", "--save-every", "1000"],
-        sample_ldm: ["train", "--device", "cpu", "--workers", "0", "--resolution", "16", "--batch-size", "4",
-                     "--no-class-cond", "--noise-draws", "2", "--lr-decay", "0", "--log-every", "1",
-                     "--save-every", "1000"]}
+EVERYWHERE = ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--resolution", "16", "--lr-decay", "0",
+              "--log-every", "1", "--save-every", "1000"]
+TINY = {train: [*EVERYWHERE, "--decoder-channels", "8", "--batch-size", "2"],
+        sample_ldm: ["train", *EVERYWHERE, "--no-class-cond", "--batch-size", "4", "--noise-draws", "2"]}
 GAN = ["--discriminator", "unet", "--disc-channels", "8", "--disc-start", "4", "--disc-warmup", "2"]
 NO_METRICS = ["--no-fid", "--lpips-net", "none"]
 
@@ -1666,6 +1665,13 @@ def test_learning_rate_by_hand():
     assert {step: rate(step, **how) for step in expected} == pytest.approx(expected)
     constant = dict(lr=1e-4, lr_warmup=0, steps=100, lr_decay=0.0)
     assert rate(0, **constant) == rate(99, **constant) == 1e-4
+
+
+def test_bf16_is_automatic_on_cpus_built_for_it(monkeypatch):
+    for has, bf16 in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+        assert train.Machine("cpu").bf16 == bf16 and train.Machine("cpu", "bf16").bf16
+        assert not train.Machine("cpu", "fp32").bf16
 
 
 def test_processes_share_batches_and_noise_of_one_stream():

@@ -149,7 +149,7 @@ def run_options(model):
         "log_every": (positive_int, "steps between rows of log.csv"),
         "workers": (natural, "processes that load images (default: one a core, 8 at most; on a CPU none)"),
         "device": (str, "cuda, cuda:1, mps, cpu (default: the best there is)"),
-        "precision": (["auto", "fp32", "bf16"], "of the networks; auto is bf16 on GPUs built for it"),
+        "precision": (["auto", "fp32", "bf16"], "of the networks; auto is bf16 on GPUs and CPUs built for it"),
         "compile": (bool, f"torch.compile {model}: a slow start, then faster steps")}}
 
 
@@ -930,8 +930,11 @@ class Machine:
             if cuda:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if cuda else "gloo")
-        # bf16 has float32's range, so it needs no loss scaling; older GPUs only emulate it, slowly.
+        # bf16 has float32's range, so it needs no loss scaling; older GPUs and CPUs only emulate it, slowly.
         fast = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        if self.device.type == "cpu":
+            has = getattr(torch.cpu, "get_capabilities", dict)()
+            fast = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
         self.bf16 = fast if precision == "auto" else precision == "bf16"
         if cuda:
             torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
