@@ -624,44 +624,47 @@ def classes(args):
 
     A small network learns to name the kinds of built-in shapes, from images that no run trains on, until it names at
     least 99 % of others. Samples are taken to go through the classes in turn, as `sample` writes them, or to be all of
-    --class. Copies: samples nearer to a training image than new shapes ever are. Needs only samples. Two minutes.
+    --class. Copies: samples nearer to a training image than new shapes ever are. Writes a picture: a row for each
+    class, four new shapes and the first samples. Needs only samples. Two minutes.
     """
     machine = exact_machine(args.device)
     images = Images(args.samples, args.resolution, args.limit)
-    samples = small(torch.cat(list(images.batches(64, machine))), machine)  # (N, 3, 32, 32)
+    samples = torch.cat(list(images.batches(64, machine)))  # (N, 3, R, R)
     names = list(train.SHAPES)
     turn = [names.index(args.wanted)] if args.wanted else range(len(names))
     wanted = torch.tensor([turn[i % len(turn)] for i in range(len(samples))])
     unseen = 2**32 - 1  # a seed no run trains on
-    new = shapes(args.resolution, unseen, range(512), machine)
-    network, right = train_classifier(shapes(args.resolution, unseen, range(512, 4608), machine), new)
-    named = network(samples).argmax(dim=1).cpu()
+    new, new_labels = shapes(args.resolution, unseen, range(512))
+    known, known_labels = shapes(args.resolution, unseen, range(512, 4608))
+    small = lambda x, side=32: F.adaptive_avg_pool2d(machine.images(x), side)  # noqa: E731
+    network, right = train_classifier((small(known), known_labels), (small(new), new_labels))
+    named = network(small(samples)).argmax(dim=1).cpu()
     # Nearest neighbours among training images, at 16x16 pixels: the root of the mean squared difference.
-    seen, _ = shapes(args.resolution, args.seed, range(args.train_images), machine)
-    flat = lambda x: F.avg_pool2d(x, 2).flatten(1) / 768**0.5  # noqa: E731
-    of_samples, of_new = [torch.cdist(flat(x), flat(seen)).amin(dim=1) for x in (samples, new[0])]
+    seen, _ = shapes(args.resolution, args.seed, range(args.train_images))
+    flat = lambda x: small(x, 16).flatten(1) / 768**0.5  # noqa: E731
+    of_samples, of_new = [torch.cdist(flat(x), flat(seen)).amin(dim=1) for x in (samples, new)]
     numbers = {"n": len(samples), "classifier": right, "correct": (named == wanted).float().mean().item(),
                "copies": (of_samples < of_new.min()).float().mean().item(),
                "nearest": of_samples.median().item(), "nearest_new": of_new.median().item()}
     print_table([["class", "samples", "named so"], *(
         [names[k], str(int((wanted == k).sum())), f"{(named[wanted == k] == k).float().mean():.1%}"]
         for k in sorted(set(wanted.tolist())))])
-    print(f"The classifier names {right:.1%} of {len(new[1])} new shapes, and {numbers['correct']:.1%} of "
+    print(f"The classifier names {right:.1%} of {len(new)} new shapes, and {numbers['correct']:.1%} of "
           f"{len(samples)} samples as what was asked for\nCopies of {len(seen)} training images: "
           f"{numbers['copies']:.1%}; median distance to the nearest: samples {numbers['nearest']:.3f}, new shapes "
           f"{numbers['nearest_new']:.3f}")
+    out = args.out or Path(args.samples).parent / "classes.png"
+    gap = torch.full_like(samples[0], 255)
+    rows = [[*new[new_labels == k][:4], gap, *samples[wanted == k][:8]] for k in sorted(set(wanted.tolist()))]
+    train.save_grid(out, [[image / 127.5 - 1 for image in row] for row in rows])
+    print(f"New shapes and samples: {out}")
     return numbers
 
 
-def small(images, machine):
-    """(B, 3, R, R) uint8 -> (B, 3, 32, 32) in [-1, 1] on the device."""
-    return F.adaptive_avg_pool2d(machine.images(images), 32)
-
-
-def shapes(resolution, seed, positions, machine):
-    """Built-in shapes: (N, 3, 32, 32) in [-1, 1] and their classes, (N,)."""
+def shapes(resolution, seed, positions):
+    """Built-in shapes, (N, 3, R, R) uint8, and their classes, (N,)."""
     images, labels = zip(*map(train.Shapes(resolution, seed).__getitem__, positions))
-    return small(torch.stack(images), machine), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels)
 
 
 @torch.enable_grad()
@@ -913,7 +916,7 @@ def build_parser():
                            help="Inception weights, or the word random: random features, for trying things out "
                                 f"(default: {INCEPTION_FILE} in torch's hub cache, else downloaded)")
     picture.add_argument("--out", metavar="FILE", type=output_file,
-                         help="the picture (default: beside the checkpoint, named after command and data)")
+                         help="the picture (default: beside checkpoint or samples, named after command and data)")
 
     resize.add_argument("--resize", choices=["bicubic", "bilinear"], default="bicubic",
                         help="bicubic with antialiasing, as in training; bilinear without, as in LDM's evaluation and "
@@ -948,7 +951,7 @@ def build_parser():
     p.add_argument("--repeats", metavar="N", type=count, default=10, help="at least 2 (default: 10)")
     p.add_argument("--seed", metavar="S", type=train.natural, default=0, help="of all random choices (default: 0)")
     p.add_argument("--unscaled", action="store_true", help="latents as encoded (default: times scaling_factor)")
-    p = command("classes", classes)
+    p = command("classes", classes, picture)
     p.add_argument("samples", metavar="DIR", help="folder of samples, DIR/images of `sample_ldm.py sample`")
     p.add_argument("--class", dest="wanted", choices=list(train.SHAPES), help="what all of them were to show (default: "
                    "the classes in turn)")
