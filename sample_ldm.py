@@ -417,7 +417,7 @@ def prepare(args, machine, checkpoint):
     """The task, its data set and the step to start from."""
     classes, label = [], None
     if args.class_cond:
-        classes = checkpoint["classes"] if args.resume else find_classes(args.data) if args.data else list(train.SHAPES)
+        classes = checkpoint["classes"] if args.resume else find_classes(args.data)
         label = functools.partial(class_number, classes)
     torch.manual_seed(args.seed)
     dataset, held_out, about = train.open_images(args, train.Shapes, label)
@@ -447,7 +447,12 @@ def prepare(args, machine, checkpoint):
 
 
 def find_classes(folder):
-    """The classes of a folder of images: its sub-folders. UsageError unless every image is in one of several."""
+    """The classes of built-in shapes, or of a folder of images: its sub-folders.
+
+    UsageError unless every image is in one of several.
+    """
+    if not folder:
+        return list(train.SHAPES)
     classes = sorted({class_of(file, folder) for file in train.find_images(folder)})
     if "" in classes or len(classes) < 2:
         raise train.UsageError("--class-cond takes the sub-folders of --data for classes: there must be two or more, "

@@ -2095,9 +2095,9 @@ RECIPES = [
         discriminator="unet", disc_channels=64, adv_loss="hinge", adaptive_weight=False, weight_l1=1, weight_kl=1e-6,
         weight_perceptual=1, weight_wavelet=1, weight_gaussian=0.5, weight_adv=0.1, weight_ldl=0, seed=0)),
     (train, "QUICK_START", dict(
-        size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True, resolution=64, batch_size=8,
-        steps=1400, lr=3e-3, beta1=0.9, beta2=0.95, lr_warmup=100, lr_decay=0.7, clip=1, ema=0.99, perceptual="none",
-        discriminator="none", weight_l1=1, weight_kl=1e-3, weight_wavelet=0.2, weight_gaussian=0, seed=0)),
+        size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True, resolution=48, batch_size=4,
+        steps=2500, lr=2.5e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, clip=1, ema=0.99, perceptual="none",
+        discriminator="none", weight_l1=1, weight_kl=1e-4, weight_wavelet=0.1, weight_gaussian=0, seed=0)),
     (sample_ldm, "QUICK_START", dict(
         model="quick", steps=2000, batch_size=4, noise_draws=16, noise_mean=-0.5, noise_std=1.2, lr=3e-3, beta1=0.9,
         beta2=0.99, lr_warmup=100, lr_decay=0.5, clip=1, ema=0.998, class_dropout=0.1, class_cond=True,
@@ -2314,7 +2314,8 @@ def test_the_adaptive_weight_is_that_of_equation_2(tmp_path):
         ramp = 0.5 if row["step"] == "2" else 1
         # Weighted, the adversarial gradient is half of the other: grad_ratio is of the unweighted ones.
         assert float(row["adv_weight"]) * float(row["grad_ratio"]) == pytest.approx(0.5 * ramp, rel=5e-3)
-        total = float(row["recon"]) + 1e-3 * float(row["kl"]) + float(row["adv_weight"]) * float(row["adv"])
+        kl, adv = train.QUICK_START["weight_kl"] * float(row["kl"]), float(row["adv_weight"]) * float(row["adv"])
+        total = float(row["recon"]) + kl + adv
         assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
 
 
@@ -2332,9 +2333,10 @@ def test_ldl_is_added_to_the_reconstruction_loss_and_looks_at_the_ema_weights(tm
     assert torch.allclose(x_ema, expected, atol=1e-5) and x_hat.requires_grad
     assert not torch.allclose(x_ema, x_hat, atol=0.1)
     assert values["ldl"] > 1e-3
-    recon = values["l1"] + 0.2 * values["wavelet"] + 0.7 * values["ldl"]
+    weights = train.QUICK_START
+    recon = values["l1"] + weights["weight_wavelet"] * values["wavelet"] + 0.7 * values["ldl"]
     assert values["recon"].item() == pytest.approx(recon.item(), rel=1e-5)
-    assert values["loss"].item() == pytest.approx((recon + 1e-3 * values["kl"]).item(), rel=1e-5)
+    assert values["loss"].item() == pytest.approx((recon + weights["weight_kl"] * values["kl"]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["hinge", "logistic"])
@@ -3424,3 +3426,43 @@ def test_the_classifier_learns_what_it_is_shown():
     assert right == 1 and (network(images).argmax(1) == labels).all() and not network.training
     with pytest.raises(train.UsageError, match="only"):
         evaluation.train_classifier((images, labels), (images, labels.flip(0)), steps=100)
+
+
+# --- The model that comes with the repository ---------------------------------------------------------
+
+
+def test_the_shipped_model_is_small_and_reconstructs_as_well_as_the_readme_says():
+    checkpoint = load_checkpoint(train.TRAINED)
+    assert train.TRAINED.stat().st_size < 5e6 and checkpoint.keys() == {"format", "config", "model", "args"}
+    assert all(tensor.dtype == torch.float16 for tensor in checkpoint["model"].values())
+    vae = LiteVAE.from_checkpoint(train.TRAINED)
+    assert vae.name == "LiteVAE-S" and vae.dtype == torch.float32 and vae.config.latent_dim == 12
+    x = held_out_images(8, 64)
+    with torch.no_grad():
+        out = vae(x, sample=False)
+    said = re.search(r"([\d.]+) dB on the first eight", (HERE / "README.md").read_text())
+    assert train.psnr(out.sample, x).mean().item() == pytest.approx(float(said[1]), abs=0.3)
+    assert (out.latent * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_without_a_checkpoint_the_shipped_model_is_taken_and_its_folder_left_alone(
+        tmp_path, monkeypatch, capsys, tiny_ldm):
+    before = sorted(train.TRAINED.parent.iterdir())
+    monkeypatch.chdir(tmp_path)
+    for command in (["latents"], ["features"], ["recon", *NO_METRICS, "--limit", 2],
+                    ["scale", *NO_METRICS, "--limit", 2, "--resolutions", 16]):
+        assert run(evaluation, *command, "--device", "cpu") == 0
+        assert str(train.TRAINED) in capsys.readouterr().out
+    pictures = {"latents.png", "features.png", "recon-builtin-64.png", "scale-builtin.png"}
+    assert pictures <= {path.name for path in tmp_path.iterdir()}
+    # The diffusion quick start: classes of shapes on its latents.
+    seen, open_images = [], train.open_images
+    monkeypatch.setattr(train, "open_images", lambda *how: seen.append(open_images(*how)) or seen[0])
+    assert run(sample_ldm, "train", "--device", "cpu", "--steps", 1) == 0
+    assert type(seen[0][0]) is train.Shapes and [label for _, label in seen[0][1]] == [
+        train.Shapes(64, 2**32 - 1)[i][1] for i in range(8)]
+    assert run(sample_ldm, "sample", "--class", "star", "-n", 2, "--device", "cpu", "--steps", 2) == 0
+    checkpoint = checkpoint_of(tmp_path / "runs" / "ldm")
+    assert checkpoint["classes"] == list(train.SHAPES) and checkpoint["resolution"] == 64
+    assert len(pixels(tmp_path / "runs" / "ldm" / "samples" / "images")) == 2
+    assert sorted(train.TRAINED.parent.iterdir()) == before
