@@ -744,7 +744,7 @@ COMMON = dict(
 # What `sample_ldm.py train` runs: under ten minutes on two CPU cores, which make and encode the images
 # too. Noise levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
-    COMMON, model="quick", class_cond=True, steps=2000, batch_size=4, noise_draws=16, noise_mean=-0.5,
+    COMMON, model="quick", class_cond=True, steps=1500, batch_size=4, noise_draws=16, noise_mean=-0.5,
     noise_std=1.2, lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
 
 # What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for

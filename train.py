@@ -77,10 +77,10 @@ COMMON = dict(
 QUICK_START = dict(
     COMMON,
     size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True,
-    resolution=48, batch_size=4, steps=2500,
+    resolution=48, batch_size=4, steps=2980,
     lr=2.5e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, ema=0.99,
     perceptual="none", weight_wavelet=0.1, weight_gaussian=0.0, weight_kl=1e-4,
-    discriminator="none", save_every=500, log_every=20)
+    discriminator="none", save_every=745, log_every=20)
 
 # What `--data` runs. Paper: App. F for model, batch, steps, optimiser; Sec. 4.3 for the losses.
 # Unspecified: everything else. The learning rate is constant. "Batch size 16 on two GPUs" is read as 16 in all. EMA as
