@@ -741,8 +741,8 @@ COMMON = dict(
     data=None, val=None, vae=str(train.TRAINED), resume=False, seed=0, workers=None, device=None, precision="auto",
     compile=False, clip=1.0, resolution=None, cache_latents=False, class_dropout=0.1)
 
-# What `sample_ldm.py train` runs: under ten minutes on two CPU cores, which make and encode the images
-# too. Noise levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
+# What `sample_ldm.py train` runs: eleven minutes on two slow CPU cores, which make and encode the images too. Noise
+# levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
     COMMON, model="quick", class_cond=True, steps=1500, batch_size=4, noise_draws=16, noise_mean=-0.5,
     noise_std=1.2, lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
@@ -759,7 +759,8 @@ OPTIONS = {
     **train.run_options("the denoiser"),
     "latents": {
         "vae": (str, "the autoencoder: a checkpoint of train.py, whose EMA weights are taken, or a released Stable "
-                     "Diffusion autoencoder (default: the LiteVAE-S that comes with this repository)"),
+                     "Diffusion autoencoder (default: the LiteVAE-S that comes with this repository). --resolution is "
+                     "by default the one it was trained at"),
         "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out; without it "
                                 "images are encoded on the fly, with crops and flips")},
     "diffusion": {

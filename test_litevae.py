@@ -2052,7 +2052,7 @@ def test_ctrl_c_outside_the_loop_leaves_no_traceback(tmp_path, vae_file, monkeyp
     assert capsys.readouterr().err == "train.py: stopped\neval.py: stopped\n" and not (tmp_path / "r.json").exists()
 
 
-HELP = {"train.py": (train, ["default: S, with --data B", "default: 64, with --data 128", "with --data 0.0001",
+HELP = {"train.py": (train, ["default: S, with --data B", "default: 48, with --data 128", "with --data 0.0001",
                              "multiple of 8", "default: auto"]),
         "sample_ldm.py train": (sample_ldm, ["default: quick, with --data small", "updates of the denoiser"]),
         "sample_ldm.py sample": (sample_ldm, []),
