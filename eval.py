@@ -488,9 +488,9 @@ def mmd(args):
     """Squared MMD between latents and standard Gaussian vectors for several bandwidths (Table 6).
 
     Prints the unbiased estimate times 1000 and its std over repeats. As in Stable Diffusion, latents are multiplied
-    by one number, the config's scaling_factor = 1 / std over all channels; sample_ldm.py normalises each channel by
-    its own mean and std. Both bring latents to about unit variance. At 256x256 latents have the 32 x 32 x nz numbers
-    that the bandwidths were chosen for. Needs only a checkpoint. 0.05 s an image with LiteVAE-S, 0.2 s with B.
+    by one number, the config's scaling_factor = 1 / std over all channels, as in sample_ldm.py. At 256x256 latents
+    have the 32 x 32 x nz numbers that the bandwidths were chosen for. Needs only a checkpoint. 0.05 s an image with
+    LiteVAE-S, 0.2 s with B.
     """
     machine = exact_machine(args.device)
     vae, _ = load_vae(args.vae, args, machine)
@@ -639,8 +639,10 @@ def classes(args):
     small = lambda x, side=32: F.adaptive_avg_pool2d(machine.images(x), side)  # noqa: E731
     network, right = train_classifier((small(known), known_labels), (small(new), new_labels))
     named = network(small(samples)).argmax(dim=1).cpu()
-    # Nearest neighbours among training images, at 16x16 pixels: the root of the mean squared difference.
+    # Nearest neighbours among training images and their mirror images, at 16x16 pixels: the root of the mean squared
+    # difference.
     seen, _ = shapes(args.resolution, args.seed, range(args.train_images))
+    seen = torch.cat([seen, seen.flip(-1)])
     flat = lambda x: small(x, 16).flatten(1) / 768**0.5  # noqa: E731
     of_samples, of_new = [torch.cdist(flat(x), flat(seen)).amin(dim=1) for x in (samples, new)]
     numbers = {"n": len(samples), "classifier": right, "correct": (named == wanted).float().mean().item(),
@@ -650,8 +652,8 @@ def classes(args):
         [names[k], str(int((wanted == k).sum())), f"{(named[wanted == k] == k).float().mean():.1%}"]
         for k in sorted(set(wanted.tolist())))])
     print(f"The classifier names {right:.1%} of {len(new)} new shapes, and {numbers['correct']:.1%} of "
-          f"{len(samples)} samples as what was asked for\nCopies of {len(seen)} training images: "
-          f"{numbers['copies']:.1%}; median distance to the nearest: samples {numbers['nearest']:.3f}, new shapes "
+          f"{len(samples)} samples as what was asked for\nCopies of {args.train_images} training images or of their mirror "
+          f"images: {numbers['copies']:.1%}; median distance to the nearest: samples {numbers['nearest']:.3f}, new shapes "
           f"{numbers['nearest_new']:.3f}")
     out = args.out or Path(args.samples).parent / "classes.png"
     gap = torch.full_like(samples[0], 255)
@@ -958,7 +960,7 @@ def build_parser():
     p.add_argument("--resolution", metavar="R", type=multiple_of_8, default=64, help="of the samples (default: 64)")
     p.add_argument("--limit", metavar="N", type=count, help="only the first N (default: all)")
     p.add_argument("--seed", metavar="S", type=train.seed, default=0, help="that of the training run (default: 0)")
-    p.add_argument("--train-images", metavar="N", type=count, default=8192, help="images it saw (default: 8192)")
+    p.add_argument("--train-images", metavar="N", type=count, default=4096, help="images it saw (default: 4096)")
     p = command("cost", cost, side)
     p.add_argument("--batch-size", metavar="B", type=count, help="images at a time (default: 32 on a GPU, else 2)")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="number format (default: fp32)")

@@ -13,7 +13,7 @@ holds the autoencoder too, so sampling needs that one file. From top to bottom:
     2  Sampling      Eq. 4, EDM      sigma_schedule, heun_sampler, stochastic_sampler, guided
     3  The network   LDM             UNet, PRESETS
     4  The step                      DiffusionTask
-    5  Latents       Sec. 1          LatentSpace, and CachedLatents for comparison
+    5  Latents       Sec. 1          encode, decode, and CachedLatents
     6  Checkpoints                   save_ldm, load_ldm
     7  Sampling images               sample, draw
     8  Options                       the two recipes, build_parser, main
@@ -42,7 +42,8 @@ from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoi
 
 # --- 1  Diffusion (App. C, EDM Sec. 5 and Table 1) ----------------------------------------------------
 # x_t = x + sigma(t) eps with eps ~ N(0, I), and EDM's choice sigma(t) = t: time is the noise level. The
-# data x have mean 0 and standard deviation sigma_data = 1 in every channel: see LatentSpace.
+# data x are latents times one number, config.scaling_factor, which gives them the standard deviation
+# sigma_data = 1 over all channels: see encode and decode.
 # Differs: LDM, which the paper's models follow closely (App. F), trains DDPM's 1000 discrete noise levels.
 # App. C describes diffusion in EDM's continuous ones, and so does this file.
 
@@ -159,8 +160,8 @@ def guided(denoiser, label=None, guidance=1.0):
 
 # Unspecified: the sizes, but for "ldm". Parameters are counted without classes.
 PRESETS = {
-    # 1,826,508 parameters at nz=12: minutes on a CPU. Width at the full size pays there, depth below it does not.
-    "quick": {"channels": 64, "ch_mult": (1, 1), "num_res_blocks": 2, "attention": (1,), "scale_shift": True},
+    # 720,444 parameters at nz=12: minutes on a CPU. A wider or deeper one learns less there, for it sees fewer examples.
+    "quick": {"channels": 48, "ch_mult": (1, 1), "num_res_blocks": 1, "attention": (1,), "scale_shift": True},
     # 45,214,980 at nz=4: an hour on one GPU
     "small": {"channels": 128, "ch_mult": (1, 2, 3), "num_res_blocks": 2, "attention": (1, 2), "scale_shift": True},
     # 274,060,196 at nz=4. Paper: LDM's model of FFHQ and CelebA-HQ, 274,056,163 on its 3-channel latents
@@ -325,10 +326,10 @@ class DiffusionTask:
     shown = ["loss", "encode_share"]
     fields = ["loss", "grad_norm", "lr", "encode_share", "val_loss"]
 
-    def __init__(self, args, machine, denoiser, space, held_out, classes=()):
+    def __init__(self, args, machine, denoiser, vae, held_out, classes=()):
         self.args, self.machine, self.held_out, self.skipped = args, machine, held_out, 0
         self.classes = list(classes)
-        self.space = space.to(machine.device, memory_format=machine.memory_format)
+        self.vae = vae.to(machine.device, memory_format=machine.memory_format).eval().requires_grad_(False)
         self.denoiser = denoiser.to(machine.device, memory_format=machine.memory_format).train()
         self.ema = train.EMA(self.denoiser, args.ema)
         self.optimizer = torch.optim.Adam(self.denoiser.parameters(), args.lr, (args.beta1, args.beta2), fused=True)
@@ -348,14 +349,11 @@ class DiffusionTask:
             mean, std = items.to(machine.device).float().unbind(1)  # (B, nz, h, w) each
         else:
             with machine.autocast():
-                mean, std = posterior(self.space.vae, machine.images(items))
+                mean, std = encode(self.vae, machine.images(items))
         encoded = machine.now() if log else None
 
-        # An encoded image serves for several examples, each with its own sample, noise level and noise.
-        draws = args.noise_draws
-        mean, std = mean.repeat_interleave(draws, 0), std.repeat_interleave(draws, 0)  # (B * draws, nz, h, w)
-        x = self.space.normalise(mean + std * machine.randn(mean.shape))
-        label = self.drop(label.to(machine.device).repeat_interleave(draws, 0)) if self.classes else None
+        x = mean + std * machine.randn(mean.shape)
+        label = self.drop(label.to(machine.device)) if self.classes else None
         sigma = noise_levels(machine.randn((len(x),)), args.noise_mean, args.noise_std)
         with machine.autocast():
             loss = diffusion_loss(self.parallel, x, sigma, machine.randn(x.shape), label)
@@ -387,13 +385,12 @@ class DiffusionTask:
             images, labels = zip(*(self.held_out[i] for i in rows))
             label = torch.tensor(labels, device=self.machine.device) if self.classes else None
             with self.machine.autocast():
-                mean, _ = posterior(self.space.vae, self.machine.images(torch.stack(images)))
-                x = self.space.normalise(mean)  # (B, nz, h, w)
+                x, _ = encode(self.vae, self.machine.images(torch.stack(images)))  # (B, nz, h, w)
                 sigma, eps = sigmas[first:first + len(x)].to(x), noise(x.shape[1:], rows).to(x)
                 losses += [len(x) * diffusion_loss(self.ema.model, x, sigma, eps, label)]
         numbers = range(16)
         label = class_labels(numbers, self.classes, None, self.machine)
-        images = draw(self.ema.model, self.space, self.machine, ImageNoise(0, numbers), side, side, label=label,
+        images = draw(self.ema.model, self.vae, self.machine, ImageNoise(0, numbers), side, side, label=label,
                       guidance=GUIDANCE)
         train.save_grid(Path(self.args.out, f"samples-{step:06}.png"), [images[:8], images[8:]])
         return {"val_loss": (sum(losses) / count).item()}
@@ -401,7 +398,7 @@ class DiffusionTask:
     def save(self, step):
         training = {"optimizer": self.optimizer.state_dict()["state"], "ema_updates": self.ema.updates,
                     "skipped": self.skipped}
-        save_ldm(Path(self.args.out, "checkpoint.pt"), self.denoiser, self.ema.model, self.space, self.classes,
+        save_ldm(Path(self.args.out, "checkpoint.pt"), self.denoiser, self.ema.model, self.vae, self.classes,
                  self.args.resolution, step=step, training=training, args=train.known(self.args))
 
     def resume(self, checkpoint):
@@ -422,26 +419,20 @@ def prepare(args, machine, checkpoint):
     torch.manual_seed(args.seed)
     dataset, held_out, about = train.open_images(args, train.Shapes, label)
     if args.resume:
-        denoiser, space = build(checkpoint, ema=False)
+        denoiser, vae = build(checkpoint, ema=False)
     else:
-        vae = LiteVAE.from_checkpoint(checkpoint).requires_grad_(False)
-        vae.to(machine.device, memory_format=machine.memory_format)
+        vae = LiteVAE.from_checkpoint(checkpoint)
         train.check_resolution(vae, args.resolution)
         denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
-        count = -(-STATISTICS_IMAGES // args.batch_size)
-        if machine.rank == 0:
-            print(f"measuring the latents of {count * args.batch_size} training images", flush=True)
-        stream = train.batches(dataset, args.batch_size, 0, machine, args.workers)
-        space = LatentSpace(vae, *measure_latents(vae, stream, count, machine))
-    task = DiffusionTask(args, machine, denoiser, space, held_out, classes)
+    task = DiffusionTask(args, machine, denoiser, vae, held_out, classes)
     start = checkpoint["step"] if args.resume else 0
     if args.resume:
         task.resume(checkpoint)
     about = f"{len(classes)} classes; {about}" if classes else about
-    train.announce(f"the {args.model} denoiser", denoiser, space.vae.config.latent_dim, about, args, machine, start)
+    train.announce(f"the {args.model} denoiser", denoiser, vae.config.latent_dim, about, args, machine, start)
     if args.cache_latents:
         path = Path(args.out, "latents.pt")
-        cache_latents(path, dataset, space.vae, args, machine)
+        cache_latents(path, dataset, vae, args, machine)
         dataset = CachedLatents(path, args.seed)
     return task, dataset, start
 
@@ -475,67 +466,31 @@ def class_number(classes, file, root):
 # --- 5  Latents ---------------------------------------------------------------------------------------
 
 
+# One number for all channels, as in Stable Diffusion: a channel that varies little means little to the image, and
+# with a scale of its own it would mean as much as the others.
+
+
 @torch.no_grad()
-def posterior(vae, image):
-    """(B, 3, H, W) in [-1, 1] -> mean and std of the posterior, not normalised: (B, nz, h, w) each."""
+def encode(vae, image):
+    """(B, 3, H, W) in [-1, 1] -> mean and std of the posterior as diffusion sees them: (B, nz, h, w) each."""
     latent_dist = vae.encode(image).latent_dist
-    return latent_dist.mean, latent_dist.std
+    return latent_dist.mean * vae.config.scaling_factor, latent_dist.std * vae.config.scaling_factor
 
 
-class LatentSpace(nn.Module):
-    """A frozen autoencoder, and the scale that gives its latents mean 0 and std 1 in each channel.
-
-    `vae` is anything with encode(image).latent_dist, decode(latent).sample and config.latent_dim; `mean` and
-    `std` are (nz,).
-    """
-
-    # Differs: Stable Diffusion multiplies by one number for all channels, `config.scaling_factor`. Channels differ in
-    # mean and scale, and EDM's preconditioning wants sigma_data = 1 in each. Both give about unit variance.
-
-    def __init__(self, vae, mean, std):
-        super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
-        self.register_buffer("mean", mean.view(-1, 1, 1))  # (nz, 1, 1)
-        self.register_buffer("std", std.view(-1, 1, 1))
-
-    def normalise(self, z):
-        """The autoencoder's latents -> what diffusion sees."""
-        return (z - self.mean) / self.std
-
-    @torch.no_grad()
-    def decode(self, x):
-        """What diffusion makes, (B, nz, h, w) -> images, (B, 3, 8h, 8w), about [-1, 1]."""
-        return self.vae.decode(x * self.std + self.mean).sample.float()
+@torch.no_grad()
+def decode(vae, x):
+    """What diffusion makes, (B, nz, h, w) -> images, (B, 3, 8h, 8w), about [-1, 1]."""
+    return vae.decode(x / vae.config.scaling_factor).sample.float()
 
 
-STATISTICS_IMAGES = 1024  # from which mean and std are measured
-
-
-def measure_latents(vae, stream, count, machine):
-    """Mean and std of each channel of sampled latents, (nz,) each, over `count` batches of `stream`.
-
-    Sampled latents vary by the spread of the means and by the posteriors' own variance; both are added up
-    without sampling.
-    """
-    first, second = 0.0, 0.0  # moments
-    for _ in range(count):
-        images, _ = next(stream)
-        with machine.autocast():
-            mean, std = posterior(vae, machine.images(images))  # (B, nz, h, w)
-        mean, std = mean.cpu().double(), std.cpu().double()
-        first = first + mean.mean(dim=(0, 2, 3)) / count
-        second = second + (mean**2 + std**2).mean(dim=(0, 2, 3)) / count
-    first, second = machine.average(torch.stack([first, second])).cpu()
-    return first.float(), (second - first**2).clamp_min(1e-12).sqrt().float()  # a dead channel stays 0
-
-
-BUILT_IN_CACHE = 8192  # how many of the endless built-in images --cache-latents takes
+BUILT_IN_CACHE = 4096  # how many of the endless built-in images --cache-latents takes
 
 
 class CachedLatents:
     """Posteriors of a fixed set of images, encoded once: position -> ((2, nz, h, w) float16, label), mean and std.
 
-    The usual way around a heavy encoder (Sec. 1), for comparison: crops are lost and disk space is needed.
+    The usual way around a heavy encoder (Sec. 1), and the quick start's, whose denoiser takes less time than even
+    a light encoder: crops are lost and disk space is needed.
     Flips are kept, by encoding each image twice: no encoder promises that a flipped image's latent is the
     flipped latent. The set is shuffled anew each epoch.
     """
@@ -579,7 +534,7 @@ def cache_latents(path, dataset, vae, args, machine):
             views = []
             for view in (image, image.flip(-1)):
                 with machine.autocast():
-                    views.append(torch.stack(posterior(vae, view), dim=1))  # (B, 2, nz, h, w)
+                    views.append(torch.stack(encode(vae, view), dim=1))  # (B, 2, nz, h, w)
             whole = machine.gather(torch.stack(views, dim=1).half())  # (world * B, 2, 2, nz, h, w)
             label = machine.gather(label.to(machine.device))
             if machine.rank == 0:
@@ -598,39 +553,35 @@ def cache_latents(path, dataset, vae, args, machine):
 # The autoencoder travels in the diffusion checkpoint, rather than its path and a checksum: latents mean
 # something to that very autoencoder alone, and files get moved, trained on and deleted. It adds 0.2 GB with
 # Stable Diffusion's decoder, where the state of the "ldm" network and its optimiser is 4.4 GB.
-LDM_FORMAT = "litevae-ldm-1"
+LDM_FORMAT = "litevae-ldm-2"
 
 
-def save_ldm(path, denoiser, ema, space, classes, resolution, **extra):
-    """Write a Denoiser, the same with the EMA weights, its LatentSpace and `extra` to `path`."""
-    vae = space.vae
+def save_ldm(path, denoiser, ema, vae, classes, resolution, **extra):
+    """Write a Denoiser, the same with the EMA weights, its autoencoder and `extra` to `path`."""
     write_checkpoint(path, {
         "format": LDM_FORMAT, "config": dict(denoiser.net.config), "model": dict(denoiser.state_dict()),
         "ema": dict(ema.state_dict()), "classes": classes, "resolution": resolution,
-        "latent_mean": space.mean.flatten(), "latent_std": space.std.flatten(),
         "vae": {"config": dict(vae.config), "model": dict(vae.state_dict())}, **extra})
 
 
 def load_ldm(path):
     """The dict that save_ldm wrote. FileNotFoundError or CheckpointError, in one sentence."""
     checkpoint = load_checkpoint(path, LDM_FORMAT)
-    needed = {"config", "model", "ema", "vae", "latent_mean", "latent_std", "resolution", "classes"}
-    missing = needed - checkpoint.keys()
-    if missing:  # above all: latents of an unknown scale cannot be decoded
+    missing = {"config", "model", "ema", "vae", "resolution", "classes"} - checkpoint.keys()
+    if missing:
         raise CheckpointError(f"{path} holds no {' and no '.join(sorted(missing))}: it is no diffusion checkpoint")
-    config, nz = checkpoint["config"], checkpoint["vae"]["config"]["latent_dim"]
+    config = checkpoint["config"]
     if not (isinstance(config, dict) and config.get("num_res_blocks", 2) <= 16 and len(config.get("ch_mult", ())) <= 8):
         raise CheckpointError(f"{path} describes no denoiser of this program: {config}")
-    if any(checkpoint[name].shape != (nz,) for name in ("latent_mean", "latent_std")) or checkpoint["resolution"] < 8:
-        raise CheckpointError(f"{path} has latent statistics or a resolution that cannot be those of its {nz} channels")
+    if checkpoint["resolution"] < 8:
+        raise CheckpointError(f"{path} says its images have {checkpoint['resolution']} pixels a side, where 8 is least")
     return checkpoint
 
 
 def build(checkpoint, ema=True):
-    """The Denoiser, with EMA weights or without, and the LatentSpace of a checkpoint. CheckpointError."""
+    """The Denoiser, with EMA weights or without, and the autoencoder of a checkpoint. CheckpointError."""
     denoiser = load_weights(lambda: Denoiser(UNet(**checkpoint["config"])), checkpoint["ema" if ema else "model"])
-    vae = LiteVAE.from_checkpoint(checkpoint["vae"])
-    return denoiser, LatentSpace(vae, checkpoint["latent_mean"], checkpoint["latent_std"])
+    return denoiser, LiteVAE.from_checkpoint(checkpoint["vae"])
 
 
 # --- 7  Sampling images -------------------------------------------------------------------------------
@@ -648,10 +599,10 @@ def sample(args):
         if name not in classes:
             raise train.UsageError(f"--class {name} is unknown: " + (
                 f"the classes are {', '.join(classes)}" if classes else "this model was trained without classes"))
-    denoiser, space = build(checkpoint, ema=not args.raw_weights)
+    denoiser, vae = build(checkpoint, ema=not args.raw_weights)
     height, width = args.size or (checkpoint["resolution"], checkpoint["resolution"])
     machine = train.Machine(args.device, args.precision)
-    for module in (denoiser, space):
+    for module in (denoiser, vae):
         module.to(machine.device, memory_format=machine.memory_format).eval().requires_grad_(False)
     churn = {"churn": args.churn, "churn_min": args.churn_range[0], "churn_max": args.churn_range[1],
              "churn_noise": args.churn_noise} if args.churn else {}
@@ -671,7 +622,7 @@ def sample(args):
             for first in range(0, len(mine), batch_size):
                 numbers = mine[first:first + batch_size]
                 label = class_labels(numbers, classes, args.classes, machine)
-                images = draw(denoiser, space, machine, ImageNoise(args.seed, numbers), height // 8, width // 8,
+                images = draw(denoiser, vae, machine, ImageNoise(args.seed, numbers), height // 8, width // 8,
                               args.steps, label, args.guidance, **churn)
                 if not images.isfinite().all():
                     raise train.UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
@@ -692,7 +643,7 @@ def sample(args):
 
 
 @torch.no_grad()
-def draw(denoiser, space, machine, noise, h, w, steps=18, label=None, guidance=1.0, **churn):
+def draw(denoiser, vae, machine, noise, h, w, steps=18, label=None, guidance=1.0, **churn):
     """Images, (B, 3, 8h, 8w) in [-1, 1], on the CPU, from an ImageNoise; `churn` goes to stochastic_sampler."""
     shape = (denoiser.net.config.latent_dim, h, w)
     randn = lambda: noise(shape).to(machine.device).contiguous(memory_format=machine.memory_format)  # noqa: E731
@@ -700,7 +651,7 @@ def draw(denoiser, space, machine, noise, h, w, steps=18, label=None, guidance=1
     with machine.autocast():
         x = sigmas[0] * randn()  # (B, nz, h, w)
         x = stochastic_sampler(denoise, x, sigmas, randn, **churn) if churn else heun_sampler(denoise, x, sigmas)
-        return space.decode(x).clamp(-1, 1).cpu()
+        return decode(vae, x).clamp(-1, 1).cpu()
 
 
 class ImageNoise:
@@ -739,18 +690,18 @@ def fresh_folder(path):
 # What both recipes share.
 COMMON = dict(
     data=None, val=None, vae=str(train.TRAINED), resume=False, seed=0, workers=None, device=None, precision="auto",
-    compile=False, clip=1.0, resolution=None, cache_latents=False, class_dropout=0.1)
+    compile=False, clip=1.0, resolution=None, class_dropout=0.1)
 
-# What `sample_ldm.py train` runs: eleven minutes on two slow CPU cores, which make and encode the images too. Noise
+# What `sample_ldm.py train` runs: minutes on two slow CPU cores, of which the first goes into encoding the images. Noise
 # levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
-    COMMON, model="quick", class_cond=True, steps=1500, batch_size=4, noise_draws=16, noise_mean=-0.5,
-    noise_std=1.2, lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
+    COMMON, model="quick", class_cond=True, cache_latents=True, steps=3500, batch_size=64, noise_mean=-0.5,
+    noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
 
 # What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for
 # latents (Karras et al. 2024), ln sigma of mean -0.4 at sigma_data = 0.5.
 DATA = dict(
-    COMMON, model="small", class_cond=False, steps=30_000, batch_size=128, noise_draws=1, noise_mean=0.3,
+    COMMON, model="small", class_cond=False, cache_latents=False, steps=30_000, batch_size=128, noise_mean=0.3,
     noise_std=1.0, lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay=0.0, ema=0.9999, save_every=2_000,
     log_every=50)
 
@@ -761,11 +712,10 @@ OPTIONS = {
         "vae": (str, "the autoencoder: a checkpoint of train.py, whose EMA weights are taken, or a released Stable "
                      "Diffusion autoencoder (default: the LiteVAE-S that comes with this repository). --resolution is "
                      "by default the one it was trained at"),
-        "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out; without it "
-                                "images are encoded on the fly, with crops and flips")},
+        "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out (default: in "
+                                "the quick start); without it images are encoded on the fly, with crops and flips")},
     "diffusion": {
         "model": (list(PRESETS), "quick on a CPU, small for an hour on one GPU, ldm is the paper's"),
-        "noise_draws": (train.positive_int, "examples made of each encoded image, each with its own noise"),
         "noise_mean": (train.number, "mean of ln sigma in training, P_mean of EDM"),
         "noise_std": (train.positive, "std of ln sigma in training, P_std of EDM"),
         "class_cond": (bool, "learn classes: the kinds of built-in shapes, or the sub-folders of --data"),

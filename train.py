@@ -1182,7 +1182,7 @@ def run_script(name, work):
             raise
         if int(os.environ.get("RANK", 0)) == 0:
             memory = isinstance(error, (MemoryError, RuntimeError))
-            advice = ": lower --batch-size, or --noise-draws, --size or --resolution" if memory else ""
+            advice = ": lower --batch-size, --size or --resolution" if memory else ""
             print(f"{name}: {one_line(error)}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the loop, which has its own way to stop
@@ -1310,11 +1310,11 @@ def shape(name, size, rng):
 
     Place, size, angle, both colours and their shading vary; the colours differ enough to be told apart.
     """
-    radius = size * rng.uniform(0.24, 0.4)
+    radius = size * rng.uniform(0.31, 0.43)
     cx, cy = rng.uniform(radius, size - radius, 2)
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-0.25, 0.25)
     while True:
-        ground, colour = rng.uniform(0.1, 0.9, (2, 3))
+        ground, colour = rng.uniform(0.1, 0.9, (2, 3)) @ (np.eye(3) + 1 / 3) / 2  # half way to grey
         if np.linalg.norm(ground - colour) > 0.5:
             break
     # Three samples a pixel along each axis, whose mean antialiases the border.
