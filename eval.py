@@ -8,6 +8,7 @@
     python eval.py latents --vae CKPT [IMAGE ...]        latents as pictures                         Figs. 2 and 4
     python eval.py features --vae CKPT [IMAGE ...]       decoder feature maps                        Fig. 3
     python eval.py classes DIR                           do samples show what was asked for?         Tables 7 and 13
+    python eval.py results                               what repeated runs say of the paper's claims
 
 Each has its own --help. Without --vae they use the LiteVAE-S that comes with the repository, without --data or IMAGE
 the built-in images of train.py. From top to bottom:
@@ -16,7 +17,7 @@ the built-in images of train.py. From top to bottom:
     2  FID                     InceptionV3, FeatureStatistics, frechet_distance
     3  MMD                     mmd2
     4  Cost                    count_macs, peak_memory, throughput
-    5  Commands                recon, fid, scale, mmd, cost, latents, features, classes
+    5  Commands                recon, fid, scale, mmd, cost, latents, features, classes, results
     6  Images and weights      Images, load_vae, load_metrics, encode
     7  Arguments and main
 """
@@ -36,7 +37,7 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -476,8 +477,9 @@ def scale(args):
         writer = csv.DictWriter(file, ["vae", "resolution", "n", "rfid", "lpips", "psnr", "ssim", "inception"])
         writer.writeheader()
         writer.writerows(records)
-    panels = {title: {path: [(r["resolution"], r[key]) for r in records if r["vae"] == path] for path in args.vae}
-              for key, title in titles.items()}
+    panels = {title + (", dB" if key == "psnr" else ""): {
+        path: [(r["resolution"], r[key]) for r in records if r["vae"] == path] for path in args.vae}
+        for key, title in titles.items()}
     train.plot(out, panels, "resolution", even=True)
     print(f"Table and plot: {table}, {out}")
     return {"results": records}
@@ -652,9 +654,9 @@ def classes(args):
         [names[k], str(int((wanted == k).sum())), f"{(named[wanted == k] == k).float().mean():.1%}"]
         for k in sorted(set(wanted.tolist())))])
     print(f"The classifier names {right:.1%} of {len(new)} new shapes, and {numbers['correct']:.1%} of "
-          f"{len(samples)} samples as what was asked for\nCopies of {args.train_images} training images or of their mirror "
-          f"images: {numbers['copies']:.1%}; median distance to the nearest: samples {numbers['nearest']:.3f}, new shapes "
-          f"{numbers['nearest_new']:.3f}")
+          f"{len(samples)} samples as what was asked for\nCopies of {args.train_images} training images or of their "
+          f"mirror images: {numbers['copies']:.1%}; median distance to the nearest: samples {numbers['nearest']:.3f}, "
+          f"new shapes {numbers['nearest_new']:.3f}")
     out = args.out or Path(args.samples).parent / "classes.png"
     gap = torch.full_like(samples[0], 255)
     rows = [[*new[new_labels == k][:4], gap, *samples[wanted == k][:8]] for k in sorted(set(wanted.tolist()))]
@@ -694,6 +696,76 @@ def train_classifier(known, new, enough=0.99, steps=5000):
                 return network, right
             network.train()
     raise train.UsageError(f"the classifier names only {right:.1%} of new shapes: their --resolution is too low")
+
+
+def results(args):
+    """What repeated runs say of the paper's claims: a table of differences in PSNR, and a plot of them.
+
+    Reads a CSV with one line a run. Its columns: row and baseline, the names of what is compared; seed; kodak_psnrs and
+    builtin_psnrs, one PSNR an image; paper, the paper's difference in dB. A second.
+    """
+    with open(args.csv, newline="") as file:
+        runs = list(csv.DictReader(file))
+    of = lambda row, images: np.array([  # noqa: E731  (seeds, images)
+        [float(v) for v in run[f"{images}_psnrs"].split()] for run in runs if run["row"] == row])
+    names = dict.fromkeys(run["row"] for run in runs)
+    compared = {run["row"]: run for run in runs if run["baseline"] in names}
+    table, numbers = [["row", "against", "seeds", "Kodak", "built-in", "paper", ""]], {}
+    # What a seed changes, in a run's mean: one variance for all rows, from rows of several seeds.
+    spread = {images: np.mean([of(row, images).mean(axis=1).var(ddof=1) for row in names if len(of(row, images)) > 1])
+              for images in ("kodak", "builtin")}
+    for row, run in compared.items():
+        numbers[row] = {"baseline": run["baseline"], "seeds": len(of(row, "kodak")), "paper": float(run["paper"])}
+        for images, seeds in spread.items():
+            a, b = of(row, images), of(run["baseline"], images)
+            paired = a.mean(axis=0) - b.mean(axis=0)  # (images,)
+            error = (seeds / len(a) + seeds / len(b) + paired.var(ddof=1) / len(paired)) ** 0.5
+            numbers[row][images] = [paired.mean(), error]
+        word = numbers[row]["verdict"] = verdict(*numbers[row]["kodak"], numbers[row]["paper"])
+        shown = ["{:+.2f} ± {:.2f}".format(*numbers[row][images]) for images in spread]
+        table.append([row, run["baseline"], str(numbers[row]["seeds"]), *shown, f"{numbers[row]['paper']:+.2f}", word])
+    print(f"Differences in PSNR in dB, with their standard errors over seeds and images. A run's mean varies with its "
+          f"seed by {spread['kodak']**0.5:.2f} dB on Kodak and {spread['builtin']**0.5:.2f} dB on built-in images (std).")
+    print_table(table)
+    out = args.out or Path(args.csv).with_suffix(".png")
+    plot_differences(out, {row: {"Kodak": v["kodak"], "built-in images": v["builtin"], "the paper": [v["paper"], 0]}
+                                 for row, v in numbers.items()}, "difference in PSNR, dB (bars: two standard errors)")
+    print(f"Plot: {out}")
+    return {"rows": numbers, "seed_std": {images: variance**0.5 for images, variance in spread.items()}}
+
+
+def verdict(difference, error, paper):
+    """One word for a difference: that of noise if it is less than two standard errors, else by its sign."""
+    if abs(difference) < 2 * error:
+        return "within noise"
+    return "agrees" if difference * paper > 0 else "disagrees"
+
+
+def plot_differences(path, rows, x_title):
+    """Write a PNG of rows of dots with bars around 0: {row: {label: (value, standard error)}}."""
+    font, left, width, step = ImageFont.load_default(16), 150, 620, 24
+    labels = list(next(iter(rows.values())))
+    reach = 1.1 * max(abs(value) + 2 * error for row in rows.values() for value, error in row.values())
+    bottom = 20 + sum(step * len(row) + 12 for row in rows.values())
+    canvas = Image.new("RGB", (left + width + 20, bottom + 60 + 24 * len(labels)), "white")
+    draw = ImageDraw.Draw(canvas)
+    across = lambda value: left + width / 2 * (1 + value / reach)  # noqa: E731
+    for tick in np.linspace(-0.9 * reach, 0.9 * reach, 7):
+        draw.line([(across(tick), 10), (across(tick), bottom)], "#dddddd" if abs(tick) > 1e-9 else "black", 2)
+        draw.text((across(tick), bottom + 14), f"{tick:+.2f}", "black", font, anchor="mm")
+    draw.text((left + width / 2, bottom + 38), x_title, "black", font, anchor="mm")
+    y = 30
+    for name, row in rows.items():
+        draw.text((left - 12, y + step * (len(row) - 1) / 2), name, "black", font, anchor="rm")
+        for colour, (value, error) in zip(train.COLOURS, row.values()):
+            draw.line([(across(value - 2 * error), y), (across(value + 2 * error), y)], colour, 3)
+            draw.ellipse([across(value) - 5, y - 5, across(value) + 5, y + 5], colour)
+            y += step
+        y += 12
+    for i, label in enumerate(labels):
+        draw.ellipse([left - 5, bottom + 60 + 24 * i - 5, left + 5, bottom + 60 + 24 * i + 5], train.COLOURS[i])
+        draw.text((left + 15, bottom + 60 + 24 * i), label, "black", font, anchor="lm")
+    canvas.save(path)
 
 
 # --- 6  Images and weights ----------------------------------------------------------------------------
@@ -961,6 +1033,9 @@ def build_parser():
     p.add_argument("--limit", metavar="N", type=count, help="only the first N (default: all)")
     p.add_argument("--seed", metavar="S", type=train.seed, default=0, help="that of the training run (default: 0)")
     p.add_argument("--train-images", metavar="N", type=count, default=4096, help="images it saw (default: 4096)")
+    p = command("results", results, picture)
+    p.add_argument("csv", metavar="CSV", nargs="?", default=str(train.TRAINED.with_name("results.csv")),
+                   help="the runs (default: those of this repository)")
     p = command("cost", cost, side)
     p.add_argument("--batch-size", metavar="B", type=count, help="images at a time (default: 32 on a GPU, else 2)")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="number format (default: fp32)")

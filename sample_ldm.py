@@ -160,7 +160,7 @@ def guided(denoiser, label=None, guidance=1.0):
 
 # Unspecified: the sizes, but for "ldm". Parameters are counted without classes.
 PRESETS = {
-    # 720,444 parameters at nz=12: minutes on a CPU. A wider or deeper one learns less there, for it sees fewer examples.
+    # 720,828 parameters at nz=12: minutes on a CPU. A wider or deeper one is no better there: it sees fewer examples.
     "quick": {"channels": 48, "ch_mult": (1, 1), "num_res_blocks": 1, "attention": (1,), "scale_shift": True},
     # 45,214,980 at nz=4: an hour on one GPU
     "small": {"channels": 128, "ch_mult": (1, 2, 3), "num_res_blocks": 2, "attention": (1, 2), "scale_shift": True},
@@ -692,8 +692,9 @@ COMMON = dict(
     data=None, val=None, vae=str(train.TRAINED), resume=False, seed=0, workers=None, device=None, precision="auto",
     compile=False, clip=1.0, resolution=None, class_dropout=0.1)
 
-# What `sample_ldm.py train` runs: minutes on two slow CPU cores, of which the first goes into encoding the images. Noise
-# levels are EDM's: its ln sigma has mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
+# What `sample_ldm.py train` runs: minutes on two slow CPU cores, of which two go into encoding the images. Batches of
+# many images matter: several noises for each of a few images teach far less. Noise levels are EDM's: its ln sigma has
+# mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
     COMMON, model="quick", class_cond=True, cache_latents=True, steps=3500, batch_size=64, noise_mean=-0.5,
     noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
@@ -712,8 +713,8 @@ OPTIONS = {
         "vae": (str, "the autoencoder: a checkpoint of train.py, whose EMA weights are taken, or a released Stable "
                      "Diffusion autoencoder (default: the LiteVAE-S that comes with this repository). --resolution is "
                      "by default the one it was trained at"),
-        "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out (default: in "
-                                "the quick start); without it images are encoded on the fly, with crops and flips")},
+        "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out; without it "
+                                "images are encoded on the fly, with crops and flips")},
     "diffusion": {
         "model": (list(PRESETS), "quick on a CPU, small for an hour on one GPU, ldm is the paper's"),
         "noise_mean": (train.number, "mean of ln sigma in training, P_mean of EDM"),
