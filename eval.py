@@ -29,7 +29,7 @@ import json
 import os
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -704,22 +704,27 @@ def results(args):
     Reads a CSV with one line a run. Its columns: row and baseline, the names of what is compared; seed; kodak_psnrs and
     builtin_psnrs, one PSNR an image; paper, the paper's difference in dB. A second.
     """
+    needed = {"row", "baseline", "kodak_psnrs", "builtin_psnrs", "paper"}
     with open(args.csv, newline="") as file:
         runs = list(csv.DictReader(file))
+    seeds = Counter(run.get("row") for run in runs)
+    if (not runs or needed - runs[0].keys() or max(seeds.values()) < 2
+            or not any(run["baseline"] in seeds for run in runs)):
+        raise train.UsageError(f"{args.csv} is no table of runs to compare: it needs the columns "
+                               f"{', '.join(sorted(needed))}, a row with its baseline, and one with two seeds")
     of = lambda row, images: np.array([  # noqa: E731  (seeds, images)
         [float(v) for v in run[f"{images}_psnrs"].split()] for run in runs if run["row"] == row])
-    names = dict.fromkeys(run["row"] for run in runs)
-    compared = {run["row"]: run for run in runs if run["baseline"] in names}
+    compared = {run["row"]: run for run in runs if run["baseline"] in seeds}
     table, numbers = [["row", "against", "seeds", "Kodak", "built-in", "paper", ""]], {}
     # What a seed changes, in a run's mean: one variance for all rows, from rows of several seeds.
-    spread = {images: np.mean([of(row, images).mean(axis=1).var(ddof=1) for row in names if len(of(row, images)) > 1])
+    spread = {images: np.mean([of(row, images).mean(axis=1).var(ddof=1) for row in seeds if seeds[row] > 1])
               for images in ("kodak", "builtin")}
     for row, run in compared.items():
-        numbers[row] = {"baseline": run["baseline"], "seeds": len(of(row, "kodak")), "paper": float(run["paper"])}
-        for images, seeds in spread.items():
+        numbers[row] = {"baseline": run["baseline"], "seeds": seeds[row], "paper": float(run["paper"])}
+        for images, variance in spread.items():
             a, b = of(row, images), of(run["baseline"], images)
             paired = a.mean(axis=0) - b.mean(axis=0)  # (images,)
-            error = (seeds / len(a) + seeds / len(b) + paired.var(ddof=1) / len(paired)) ** 0.5
+            error = (variance / len(a) + variance / len(b) + paired.var(ddof=1) / len(paired)) ** 0.5
             numbers[row][images] = [paired.mean(), error]
         word = numbers[row]["verdict"] = verdict(*numbers[row]["kodak"], numbers[row]["paper"])
         shown = ["{:+.2f} ± {:.2f}".format(*numbers[row][images]) for images in spread]

@@ -489,10 +489,9 @@ BUILT_IN_CACHE = 4096  # how many of the endless built-in images --cache-latents
 class CachedLatents:
     """Posteriors of a fixed set of images, encoded once: position -> ((2, nz, h, w) float16, label), mean and std.
 
-    The usual way around a heavy encoder (Sec. 1), and the quick start's, whose denoiser takes less time than even
-    a light encoder: crops are lost and disk space is needed.
-    Flips are kept, by encoding each image twice: no encoder promises that a flipped image's latent is the
-    flipped latent. The set is shuffled anew each epoch.
+    The usual way around a heavy encoder (Sec. 1): crops are lost and disk space is needed. The quick start takes it
+    because its denoiser is cheaper than even a light encoder. Flips are kept, by encoding each image twice: no encoder
+    promises that a flipped image's latent is the flipped latent. The set is shuffled anew each epoch.
     """
 
     def __init__(self, path, seed):
@@ -520,7 +519,8 @@ def cache_latents(path, dataset, vae, args, machine):
     weights = 0
     for tensor in vae.state_dict().values():
         weights = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), weights)
-    made_from = {"count": count, "images": zlib.crc32(names.encode()), "resolution": args.resolution, "vae": weights}
+    made_from = {"count": count, "images": zlib.crc32(names.encode()), "resolution": args.resolution, "vae": weights,
+                 "scaling_factor": vae.config.scaling_factor}
     if path.exists():
         if torch.load(path, weights_only=True, mmap=True)["made_from"] != made_from:
             raise train.UsageError(f"{path} holds latents of other images or of another autoencoder: delete it, or "

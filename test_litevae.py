@@ -2671,8 +2671,9 @@ def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, 
     fewer = train.ImageFolder(images.files[:5] + images.files[:1], 16, augment=False)
     other = copy.deepcopy(vae)
     nn.init.zeros_(other.encoder.feature_aggregator.out_layer.bias)
-    lower = argparse.Namespace(**vars(args) | {"resolution": 8})
-    for wrong in ((images, other, args), (fewer, vae, args), (images, vae, lower)):
+    lower, scaled = argparse.Namespace(**vars(args) | {"resolution": 8}), copy.deepcopy(vae)
+    scaled.config.scaling_factor = 2.0
+    for wrong in ((images, other, args), (fewer, vae, args), (images, vae, lower), (images, scaled, args)):
         with pytest.raises(train.UsageError, match="another autoencoder"):
             sample_ldm.cache_latents(path, *wrong, machine)
 
@@ -3482,6 +3483,9 @@ def test_results_are_paired_differences_with_standard_errors(tmp_path, capsys):
     assert [rows[name]["seeds"] for name in ("better", "worse", "same")] == [2, 1, 1] and "base" not in rows
     assert "0.14 dB on Kodak" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "r.png")).astype(int)  # of "better", the second dot is right of 0
+    for runs in ([("base", "", "", [20])] * 2, [("base", "", "", [20]), ("better", "base", 1, [21])], []):
+        assert run(evaluation, "results", results_file(tmp_path / "bad.csv", runs)) == 1
+        assert "no table of runs" in capsys.readouterr().err
     blue = np.abs(picture - [int(train.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5)]).max(-1) < 8
     first = np.flatnonzero(blue[25:36].any(0))
     assert 150 + 620 / 2 < first.min() and first.max() < 770
