@@ -441,10 +441,11 @@ def fid_command(args):
     # Open both first: the images of one may take hours.
     sets = [load_statistics(source, inception.label) if source.endswith(".npz") else
             Images(source, args.resolution, args.limit, args.resize) for source in sources]
+    if not args.resolution and any(isinstance(images, Images) for images in sets):
+        print("Each image is squashed to 299x299 from its own shape, which FID compares too; --resolution R makes all of "
+              "them centre squares.")
     for i, images in enumerate(sets):
         if isinstance(images, Images):
-            if not args.resolution:
-                warn_about_sizes(sources[i], images.files)
             sets[i] = FeatureStatistics()
             for batch in images.batches(args.batch_size, machine):
                 batch = batch / 255 if args.resolution else batch  # [0, 1]
@@ -919,21 +920,6 @@ def warn_about_fid(n):
     if n < 2048:
         print(f"Warning: FID from {n} images, fewer than its 2048 features, is far too large: compare it only with "
               "FIDs of as many images.")
-
-
-def warn_about_sizes(source, files):
-    """Print a warning if the images are not all of one size: each is then squashed to 299x299 from its own shape."""
-    sizes = set()
-    for path in files:
-        try:
-            with Image.open(path) as image:
-                sizes.add(image.size)
-        except Exception:  # named when it is read
-            continue
-        if len(sizes) > 1:
-            print(f"Warning: the images of {source} are not all of one size, so this FID compares shapes too: "
-                  "--resolution R makes both sides centre squares.")
-            return
 
 
 def load_statistics(path, label):

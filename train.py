@@ -490,8 +490,6 @@ def fit(task, args, machine, dataset, start):
             if main and logged:
                 values |= {"images_per_second": images / (time.monotonic() - since), "skipped": task.skipped}
                 bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
-                for path, why in getattr(dataset, "unreadable", list)():
-                    bar.write(f"skipped, cannot be read: {path} ({why})")
             if main and due:
                 report = task.report(done)
                 bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
@@ -689,16 +687,14 @@ def find_images(folder):
 class ImageFolder:
     """Image files as a stream: shuffled anew each epoch, cropped and flipped at random if `augment`.
 
-    position -> ((3, resolution, resolution) uint8, label); `labels` holds a number for each file. A file that
-    cannot be read is replaced by the next one that can; `unreadable()` names those that cannot be decoded, each once.
-    UsageError if none can be read.
+    position -> ((3, resolution, resolution) uint8, label); `labels` holds a number for each file. A file that cannot
+    be read is replaced by the next one that can, and printed if it is no image. UsageError if none can be read.
     """
 
     def __init__(self, files, resolution, seed=0, augment=True, labels=None):
         self.files, self.resolution, self.seed, self.augment = files, resolution, seed, augment
         self.labels = labels or [0] * len(files)
-        self.broken = torch.zeros(len(files), dtype=torch.uint8).share_memory_()  # workers mark, the main process reads
-        self.reported = set()
+        self.broken = torch.zeros(len(files), dtype=torch.uint8).share_memory_()  # by all workers: each is printed once
         self[0]  # at least one file must be readable
 
     def __len__(self):
@@ -720,8 +716,9 @@ class ImageFolder:
             file = self.files[candidate]
             try:
                 pixels = load_image(file, self.resolution, rng() if self.augment else None)  # (H, W, 3)
-            except NotAnImage:
+            except NotAnImage as error:
                 self.broken[candidate] = 1
+                tqdm.write(f"skipped, cannot be read: {file} ({error})", sys.stderr)
             except OSError:  # cannot be opened now: perhaps it can later
                 pass
             else:
@@ -735,18 +732,6 @@ class ImageFolder:
             item, file = self.first_readable(i * len(self.files) // count)
             found[file] = item
         return list(found.values()), list(found)
-
-    def unreadable(self):
-        """The files found to be no images since the last call, each with the reason."""
-        new = [i for i in self.broken.nonzero().flatten().tolist() if i not in self.reported]
-        self.reported.update(new)
-        reasons = []
-        for path in [self.files[i] for i in new]:
-            try:
-                open_rgb(path)
-            except (NotAnImage, OSError) as error:
-                reasons.append((path, one_line(error)))
-        return reasons
 
 
 class DeadLeaves:
