@@ -442,8 +442,8 @@ def fid_command(args):
     sets = [load_statistics(source, inception.label) if source.endswith(".npz") else
             Images(source, args.resolution, args.limit, args.resize) for source in sources]
     if not args.resolution and any(isinstance(images, Images) for images in sets):
-        print("Each image is squashed to 299x299 from its own shape, which FID compares too; --resolution R makes all of "
-              "them centre squares.")
+        print("Each image is squashed to 299x299 from its own shape, so this FID compares shapes too: --resolution R "
+              "makes all of them centre squares.")
     for i, images in enumerate(sets):
         if isinstance(images, Images):
             sets[i] = FeatureStatistics()
@@ -703,7 +703,8 @@ def results(args):
     """What repeated runs say of the paper's claims: a table of differences in PSNR, and a plot of them.
 
     Reads a CSV with one line a run. Its columns: row and baseline, the names of what is compared; seed; kodak_psnrs and
-    builtin_psnrs, one PSNR an image; paper, the paper's difference in dB. A second.
+    builtin_psnrs, one PSNR an image; paper, the paper's difference in dB, or "better" or "worse" where it gives FID
+    alone. A second.
     """
     needed = {"row", "baseline", "kodak_psnrs", "builtin_psnrs", "paper"}
     with open(args.csv, newline="") as file:
@@ -721,23 +722,30 @@ def results(args):
     spread = {images: np.mean([of(row, images).mean(axis=1).var(ddof=1) for row in seeds if seeds[row] > 1])
               for images in ("kodak", "builtin")}
     for row, run in compared.items():
-        numbers[row] = {"baseline": run["baseline"], "seeds": seeds[row], "paper": float(run["paper"])}
+        paper = run["paper"] if run["paper"] in BY_FID else float(run["paper"])
+        numbers[row] = {"baseline": run["baseline"], "seeds": seeds[row], "paper": paper}
         for images, variance in spread.items():
             a, b = of(row, images), of(run["baseline"], images)
             paired = a.mean(axis=0) - b.mean(axis=0)  # (images,)
             error = (variance / len(a) + variance / len(b) + paired.var(ddof=1) / len(paired)) ** 0.5
             numbers[row][images] = [paired.mean(), error]
-        word = numbers[row]["verdict"] = verdict(*numbers[row]["kodak"], numbers[row]["paper"])
+        word = numbers[row]["verdict"] = verdict(*numbers[row]["kodak"], BY_FID.get(paper, paper))
         shown = ["{:+.2f} ± {:.2f}".format(*numbers[row][images]) for images in spread]
-        table.append([row, run["baseline"], str(numbers[row]["seeds"]), *shown, f"{numbers[row]['paper']:+.2f}", word])
-    print(f"Differences in PSNR in dB, with their standard errors over seeds and images. A run's mean varies with its "
+        shown.append(paper if paper in BY_FID else f"{paper:+.2f}")
+        table.append([row, run["baseline"], str(seeds[row]), *shown, word])
+    print("Differences in PSNR in dB, with their standard errors over seeds and images. A run's mean varies with its "
           f"seed by {spread['kodak']**0.5:.2f} dB on Kodak and {spread['builtin']**0.5:.2f} dB on built-in images (std).")
     print_table(table)
     out = args.out or Path(args.csv).with_suffix(".png")
-    plot_differences(out, {row: {"Kodak": v["kodak"], "built-in images": v["builtin"], "the paper": [v["paper"], 0]}
-                                 for row, v in numbers.items()}, "difference in PSNR, dB (bars: two standard errors)")
+    plot_differences(out, {
+        row: {"Kodak": v["kodak"], "built-in images": v["builtin"]}
+        | ({} if v["paper"] in BY_FID else {"the paper": [v["paper"], 0]}) for row, v in numbers.items()},
+        "difference in PSNR, dB (bars: two standard errors)")
     print(f"Plot: {out}")
     return {"rows": numbers, "seed_std": {images: variance**0.5 for images, variance in spread.items()}}
+
+
+BY_FID = {"better": 1, "worse": -1}
 
 
 def verdict(difference, error, paper):
@@ -750,7 +758,7 @@ def verdict(difference, error, paper):
 def plot_differences(path, rows, x_title):
     """Write a PNG of rows of dots with bars around 0: {row: {label: (value, standard error)}}."""
     font, left, width, step = ImageFont.load_default(16), 150, 620, 24
-    labels = list(next(iter(rows.values())))
+    labels = list(dict.fromkeys(label for row in rows.values() for label in row))
     reach = 1.1 * max(abs(value) + 2 * error for row in rows.values() for value, error in row.values())
     bottom = 20 + sum(step * len(row) + 12 for row in rows.values())
     canvas = Image.new("RGB", (left + width + 20, bottom + 60 + 24 * len(labels)), "white")
@@ -763,7 +771,8 @@ def plot_differences(path, rows, x_title):
     y = 30
     for name, row in rows.items():
         draw.text((left - 12, y + step * (len(row) - 1) / 2), name, "black", font, anchor="rm")
-        for colour, (value, error) in zip(train.COLOURS, row.values()):
+        for label, (value, error) in row.items():
+            colour = train.COLOURS[labels.index(label)]
             draw.line([(across(value - 2 * error), y), (across(value + 2 * error), y)], colour, 3)
             draw.ellipse([across(value) - 5, y - 5, across(value) + 5, y + 5], colour)
             y += step

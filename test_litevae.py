@@ -1598,7 +1598,8 @@ def test_what_cannot_be_decoded_is_named_and_what_cannot_be_opened_is_tried_agai
     away.clear()
     assert reds() == {0, 1, 2}
     named = sorted(capsys.readouterr().err.splitlines())
-    assert len(named) == 2 and re.search(r"float\.tif .*range", named[0]) and re.search(r"text\.png .*no image", named[1])
+    assert len(named) == 2
+    assert re.search(r"float\.tif .*range", named[0]) and re.search(r"text\.png .*no image", named[1])
 
 
 def test_held_out_images_can_be_read_stay_in_memory_and_are_known_to_the_checkpoint(tmp_path, capsys):
@@ -3470,15 +3471,16 @@ def test_results_are_paired_differences_with_standard_errors(tmp_path, capsys):
     better = [[20.9, 31.1, 41.0], [21.1, 31.3, 41.2]]
     path = results_file(tmp_path / "r.csv", [
         *(("base", "", "", v) for v in base), *(("better", "base", 0.5, v) for v in better),
-        ("worse", "better", 0.5, [10, 20, 30]), ("same", "base", -0.1, [20.1, 30.1, 40.1])])
+        ("worse", "better", "better", [10, 20, 30]), ("same", "base", -0.1, [20.1, 30.1, 40.1]),
+        ("bad", "base", "worse", [10, 20, 30])])
     rows = measured(tmp_path, "results", path)["rows"]
     difference, error = rows["better"]["kodak"]
     paired = np.array([0.9, 1.1, 1.0])  # means over seeds, image by image
     assert difference == pytest.approx(1) and rows["better"]["builtin"] == rows["better"]["kodak"]
     assert error == pytest.approx((0.02 / 2 + 0.02 / 2 + paired.var(ddof=1) / 3) ** 0.5)
     assert rows["same"]["kodak"] == [pytest.approx(0, abs=1e-9), pytest.approx((0.02 / 1 + 0.02 / 2) ** 0.5)]
-    assert [rows[name]["verdict"] for name in ("better", "worse", "same")] == ["agrees", "disagrees", "within noise"]
-    assert [rows[name]["seeds"] for name in ("better", "worse", "same")] == [2, 1, 1] and "base" not in rows
+    assert {name: (row["verdict"], row["seeds"]) for name, row in rows.items()} == {
+        "better": ("agrees", 2), "worse": ("disagrees", 1), "same": ("within noise", 1), "bad": ("agrees", 1)}
     assert "0.14 dB on Kodak" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "r.png")).astype(int)  # of "better", the second dot is right of 0
     for runs in ([("base", "", "", [20])] * 2, [("base", "", "", [20]), ("better", "base", 1, [21])], []):
@@ -3492,12 +3494,14 @@ def test_results_are_paired_differences_with_standard_errors(tmp_path, capsys):
 def test_the_readmes_results_are_those_of_the_runs(tmp_path, capsys):
     rows = measured(tmp_path, "results", RESULTS, "--out", tmp_path / "r.png")["rows"]
     table = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[1:-1]]
-             for line in (HERE / "README.md").read_text().splitlines() if re.match(r"\| `\w+` against", line)}
+             for line in (HERE / "README.md").read_text().splitlines() if re.match(r"\| `[\w-]+` against", line)}
     assert table.keys() == rows.keys()
     for row, v in rows.items():
         name, _, paper, kodak, builtin, seeds, verdict = table[row]
-        before, after = map(float, paper.split(" to "))
-        assert name == f"`{row}` against `{v['baseline']}`" and after - before == pytest.approx(v["paper"], abs=1e-6)
+        before, after = map(float, paper.removeprefix("rFID ").split(" to "))
+        assert name == f"`{row}` against `{v['baseline']}`"
+        assert ("worse" if after > before else "better") == v["paper"] if "rFID" in paper else (
+            after - before == pytest.approx(v["paper"], abs=1e-6))
         assert [kodak, builtin] == ["{:+.2f} ± {:.2f}".format(*v[images]) for images in ("kodak", "builtin")]
         assert (seeds, verdict) == (str(v["seeds"]), v["verdict"])
 
@@ -3505,7 +3509,8 @@ def test_the_readmes_results_are_those_of_the_runs(tmp_path, capsys):
 def test_the_results_commands_are_what_their_rows_claim():
     """Rows differ from their baselines in the options that the row is about, and in seed and folder alone."""
     about = {"smc": {"use_smc"}, "gaussian": {"weight_gaussian"}, "wavelet": {"weight_wavelet"},
-             "conv1x1": {"use_1x1_conv"}}
+             "conv1x1": {"use_1x1_conv"}, "shared": {"shared_extractor"}, "two-levels": {"last_two_levels"},
+             "dwt": {"model"}, "ldl": {"weight_ldl"}}
     with open(RESULTS, newline="") as file:
         runs = list(csv.DictReader(file))
     parse = lambda run: vars(train.parse_args(run["command"].split()[2:])[0])  # noqa: E731
