@@ -734,7 +734,7 @@ def results(args):
         shown.append(paper if paper in BY_FID else f"{paper:+.2f}")
         table.append([row, run["baseline"], str(seeds[row]), *shown, word])
     print("Differences in PSNR in dB, with their standard errors over seeds and images. A run's mean varies with its "
-          f"seed by {spread['kodak']**0.5:.2f} dB on Kodak and {spread['builtin']**0.5:.2f} dB on built-in images (std).")
+          f"seed by {spread['kodak']**0.5:.2f} dB on Kodak, {spread['builtin']**0.5:.2f} dB on built-in images (std).")
     print_table(table)
     out = args.out or Path(args.csv).with_suffix(".png")
     plot_differences(out, {

@@ -1,7 +1,7 @@
 """LiteVAE in one file: a light autoencoder for latent diffusion (Sadat et al., NeurIPS 2024).
 
 A Haar wavelet transform splits an image into three levels. A small UNet reads each level, and a fourth
-UNet aggregates their features into a latent 8 times smaller than the image. The Stable Diffusion decoder
+UNet aggregates their features into a latent of 1/8 the height and width. The Stable Diffusion decoder
 turns the latent back into an image. From top to bottom:
 
     Part I: LiteVAE
@@ -23,8 +23,8 @@ turns the latent back into an image. From top to bottom:
 Images are (B, 3, H, W) in [-1, 1], with H and W multiples of 8. The axes, here and everywhere below:
 B images, C channels, H x W pixels, h x w = H/8 x W/8 latent positions, nz latent channels.
 
-Remarks carry one of three tags:  # Paper:  where a line comes from;  # Differs:  from the paper's
-pseudocode, and why;  # Unspecified:  the paper is silent, what was chosen here, and why.
+Comments have tags:  # Paper:  the source of a line;  # Differs:  from the pseudocode or a cited work,
+and why;  # Unspecified:  the paper is silent, the choice, and why.
 
     python litevae.py        prints the four sizes with their parameter counts
 """
@@ -44,22 +44,22 @@ import torch.nn.functional as F
 
 
 class HaarTransform(nn.Module):
-    """The orthonormal 2D Haar transform and its inverse; no parameters, any dtype, any device.
+    """The orthonormal 2D Haar transform and its inverse; no parameters, any device; float32 or float64.
 
     Each 2x2 block of pixels  a b  becomes four numbers, one in each band:
                               c d
         L = (a+b+c+d)/2   H = (a+b-c-d)/2   V = (a-b+c-d)/2   D = (a-b-c+d)/2
 
     L is twice the mean of the block; H, V and D hold horizontal, vertical and diagonal detail. The
-    transform only turns the four axes of each block, so it keeps the energy (the sum of squares). Bands
+    transform of each block is orthogonal, so it preserves the energy (the sum of squares). Bands
     are stacked band by band: channels [0, C) are L, [C, 2C) H, [2C, 3C) V, [3C, 4C) D.
 
-    Sums and differences, not convolutions: exact in float32 also where convolutions may round to TF32.
+    Sums and differences, not convolutions, which may round to TF32: full float32 on every device.
     """
 
     # Differs: the pseudocode calls ptwt inside set_grad_enabled(False), which would cut the gradient of
-    # the wavelet loss; and its idwt takes no level but is given one. Here all is differentiable, and
-    # idwt inverts one level.
+    # the wavelet loss; and calls idwt with a level, which it does not take. Here gradients flow,
+    # and idwt inverts one level.
 
     def dwt(self, x, level=1):
         """(B, C, H, W) -> (B, 4C, H/2^level, W/2^level): the four bands of that level alone.
@@ -70,8 +70,8 @@ class HaarTransform(nn.Module):
         return self.cascade(x, level)[-1]
 
     def cascade(self, x, levels=3):
-        """(B, C, H, W) -> [dwt(x, 1), ..., dwt(x, levels)], each level computed once from the L before."""
-        # Differs: the pseudocode runs the cascade from the image anew for each level; same values.
+        """(B, C, H, W) -> [dwt(x, 1), ..., dwt(x, levels)], each level computed from the previous L."""
+        # Differs: the pseudocode restarts from the image for each level; same values.
         if levels < 1 or x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
             raise ValueError(f"a {levels}-level Haar transform needs levels >= 1 and height and width that are "
                              f"multiples of {2**levels}, got an image of {x.shape[-2]}x{x.shape[-1]}")
@@ -106,15 +106,15 @@ class SMC(nn.Conv2d):
 
         w'_ijk = s_i w_ijk / sqrt(sum_{i,k} (s_i w_ijk)^2 + eps)
 
-    with i over input maps, j over output maps, k over the kernel, s a learned scale for each input map,
-    and a learned gain for all of w'. (B, in, H, W) -> (B, out, H', W'). Output maps keep the magnitudes
-    they have relative to each other and across the image, which GroupNorm erases (Fig. 3).
+    with i over input maps, j over output maps, k over the kernel, s a learned scale per input map, and
+    one learned gain that multiplies w'. (B, in, H, W) -> (B, out, H', W'). Output maps keep their
+    relative magnitudes, which GroupNorm can destroy (Sec. 4.2).
     """
 
     # Differs: the pseudocode calls StyleGAN3's modulated_conv2d(..., input_gain=) with the scales expanded
     # over the batch. That runs one grouped convolution per sample, because its style depends on the data.
     # These scales do not, so the weight is computed once and one plain convolution follows. The pseudocode
-    # also stores no stride and drops the one it is given.
+    # also ignores the stride it is given.
 
     def __init__(self, in_channels, out_channels=None, kernel_size=3, stride=1, padding=None, bias=True, eps=1e-8):
         padding = kernel_size // 2 if padding is None else padding
@@ -134,7 +134,7 @@ class SMC(nn.Conv2d):
 
     @torch.no_grad()
     def fuse(self):
-        """An ordinary nn.Conv2d with the same output, for inference: the weight is folded in for good."""
+        """An ordinary nn.Conv2d with the same output, for inference; the scales are folded in."""
         conv = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
                          bias=self.bias is not None, device=self.weight.device, dtype=self.weight.dtype)
         conv.weight.copy_(self.modulated_weight())
@@ -144,7 +144,7 @@ class SMC(nn.Conv2d):
 
 
 def fuse_smc(module):
-    """Replace every SMC inside `module` by the nn.Conv2d it amounts to, in place; returns `module`."""
+    """Replace every SMC inside `module` by the equivalent nn.Conv2d, in place; returns `module`."""
     for name, child in module.named_children():
         if isinstance(child, SMC):
             setattr(module, name, child.fuse())
@@ -154,13 +154,13 @@ def fuse_smc(module):
 
 
 def autocast_off(x):
-    """Within it what is computed from x keeps the precision of x."""
+    """A context without autocast on the device of x."""
     device = x.device.type
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
 def group_norm(channels, min_channels=1):
-    """GroupNorm with 32 groups, or as many fewer as divide `channels` into groups of at least min_channels."""
+    """GroupNorm: 32 groups, or the next smaller power of two that gives groups of min_channels or more."""
     # Differs: the pseudocode's 32 groups cannot divide LiteVAE-S's 16 channels, nor its 48-channel
     # concatenations. The number is 32 wherever 32 is possible, else a smaller power of two.
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= g * min_channels or g == 1))
@@ -168,7 +168,7 @@ def group_norm(channels, min_channels=1):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm in its input's precision; it also takes groups of one value, as one 8x8 image has at level 3."""
+    """nn.GroupNorm in its input's precision; groups of one value, as in an 8x8 image at level 3, are allowed."""
 
     def forward(self, x):
         # CUDA's autocast would return float32, twice the memory. The kernel sums in float32 in any case.
@@ -179,8 +179,8 @@ class GroupNorm(nn.GroupNorm):
 class ResBlock(nn.Module):
     """Pre-activation residual block (App. G): (B, in, H, W) -> (B, out, H, W)."""
 
-    # Differs: App. G's blocks also take dropout, a 3x3 skip connection and a divisor of the sum. Its models leave
-    # them at 0, off and 1.
+    # Differs: App. G's options for dropout, a 3x3 skip connection and a scale of the sum, unused by its models,
+    # are left out.
 
     def __init__(self, in_channels, out_channels=None):
         super().__init__()
@@ -246,7 +246,7 @@ class LiteVAEUNetBlock(nn.Module):
     """The UNet without down- or upsampling that extracts and aggregates features (Fig. 1, top right; App. G).
 
     (B, in_channels, H, W) -> (B, out_channels, H, W). Widths grow to model_channels * ch_multiplies and
-    shrink back; each decoder block sees one encoder output again.
+    shrink back; each decoder block takes one encoder skip.
     """
 
     # Paper: Sec. 4.1, "similar to the ADM model without spatial down/upsampling layers".
@@ -258,7 +258,7 @@ class LiteVAEUNetBlock(nn.Module):
         self.in_layer = nn.Conv2d(in_channels, model_channels, 3, padding=1)
 
         channels = model_channels
-        skips = [channels]  # widths of what the decoder blocks will see again
+        skips = [channels]  # widths of the skip connections
         self.encoder_blocks = nn.ModuleList()
         for mult in ch_multiplies:
             for _ in range(num_res_blocks):
@@ -299,13 +299,13 @@ class LiteVAEEncoder(nn.Module):
     aggregator   one network: (B, 36, h, w) -> (B, 2 nz, h, w)
     """
 
-    # Differs: the pseudocode runs level 2 through level 1's extractor; the parameter counts have room for three.
+    # Differs: the pseudocode runs level 2 through level 1's extractor; the parameter counts need three.
 
     def __init__(self, extractors, aggregator):
         super().__init__()
         self.wavelet_fn = HaarTransform()
         self.feature_extractor_L1, self.feature_extractor_L2, self.feature_extractor_L3 = extractors
-        # Unspecified: Downsample2D. The paper's parameter counts leave none for it: average pooling.
+        # Unspecified: Downsample2D. Average pooling: the paper's counts leave it no parameters.
         self.downsample_block_L1 = nn.AvgPool2d(4)
         self.downsample_block_L2 = nn.AvgPool2d(2)
         self.feature_aggregator = aggregator
@@ -320,7 +320,7 @@ class LiteVAEEncoder(nn.Module):
         return self.feature_aggregator(features)  # (B, 2 nz, h, w): mean and log-variance
 
     def wavelets(self, image):
-        """The three levels, each divided by 2^level: its L band is then a mean of pixels, so in [-1, 1]."""
+        """The three levels, each divided by 2^level: its L band is then the mean of pixels, in [-1, 1]."""
         dtype = self.feature_aggregator.in_layer.weight.dtype
         return [(w / 2**level).to(dtype) for level, w in enumerate(self.wavelet_fn.cascade(image), 1)]
 
@@ -339,9 +339,9 @@ def build_encoder(size="B", latent_dim=4):
 
 
 def sd_norm(channels):
-    """Stable Diffusion's GroupNorm: 32 groups of 4 channels at its full width, no smaller groups at narrower ones."""
+    """Stable Diffusion's GroupNorm: 32 groups, or fewer in narrow decoders, of at least 4 channels each."""
     # One channel in a group would be instance normalisation, which erases the mean of each map just
-    # before conv_out, and with it the image's brightness: 3.5 dB less after a minute of the quick start.
+    # before conv_out, and with it the brightness: 3.5 dB less after a minute of `--no-use-smc`.
     return group_norm(channels, min_channels=4)
 
 
@@ -365,16 +365,16 @@ class SDResnetBlock(nn.Module):
 class SDAttnBlock(nn.Module):
     """Residual self-attention with one head over all positions: (B, C, h, w) -> (B, C, h, w).
 
-    Through scaled_dot_product_attention, which never holds the (hw, hw) matrix where the device has a
-    memory-efficient kernel. With `use_smc` there is no GroupNorm: queries, keys, values and the output
+    scaled_dot_product_attention does not store the (hw, hw) matrix where the device has a kernel that
+    avoids it. With `use_smc` there is no GroupNorm: queries, keys, values and the output
     are SMCs, and queries and keys are scaled to unit RMS.
     """
 
     def __init__(self, channels, use_smc=False):
         super().__init__()
         # Unspecified: whether the SMC decoder keeps its attention. It does here: Table 4 changes the
-        # normalisation alone. Without one, features may grow and attention harden into one-hot picks;
-        # dividing queries and keys by their RMS bounds the logits and mixes no positions.
+        # normalisation alone. Without one, features may grow until attention becomes one-hot;
+        # dividing queries and keys by their RMS bounds the logits.
         self.use_smc = use_smc
         conv = SMC if use_smc else nn.Conv2d
         self.norm = nn.Identity() if use_smc else sd_norm(channels)
@@ -404,8 +404,8 @@ class SDVAEDecoder(nn.Module):
     def __init__(self, latent_dim=4, channels=128, out_channels=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2,
                  use_smc=False):
         super().__init__()
-        # Paper: Sec. 4.2 replaces GroupNorm by SMC. Each convolution that a GroupNorm preceded becomes an
-        # SMC; conv_in, the shortcuts and the upsampling convolutions, which none preceded, stay plain.
+        # Paper: Sec. 4.2 replaces GroupNorm by SMC. Convolutions after a GroupNorm become SMCs, and so
+        # does attention's proj_out; conv_in, shortcuts and upsampling convolutions stay plain.
         block = ResBlockWithSMC if use_smc else SDResnetBlock
         width = channels * ch_mult[-1]
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
@@ -415,7 +415,7 @@ class SDVAEDecoder(nn.Module):
         self.mid.attn_1 = SDAttnBlock(width, use_smc)
         self.mid.block_2 = block(width, width)
 
-        self.up = nn.ModuleList()  # up[0] is the full resolution, up[-1] the latent's: built from the end
+        self.up = nn.ModuleList()  # up[0]: full resolution, up[-1]: the latent's; built in reverse
         for level in reversed(range(len(ch_mult))):
             stage = nn.Module()
             stage.block = nn.ModuleList()
@@ -462,9 +462,9 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None, noise=None):
-        """A sample, (B, nz, h, w); from `noise` (standard normal, same shape) where it is given."""
+        """A sample, (B, nz, h, w); from `noise` (standard normal, same shape) if given."""
         if noise is None:
-            # Made where the generator lives, so that a CPU generator gives the same latents on any device.
+            # On the generator's device, so that a CPU generator gives the same latents everywhere.
             device = self.mean.device if generator is None else generator.device
             noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return (self.mean + self.std * noise.to(self.mean)).to(self.dtype)
@@ -478,13 +478,13 @@ class DiagonalGaussianDistribution:
         return 0.5 * (self.mean.square() + self.std.square() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
-# Named tuples answer both to diffusers' attribute access and, with return_dict=False, to its tuples.
+# Named tuples work like diffusers' outputs, by attribute and, with return_dict=False, as tuples.
 class EncoderOutput(NamedTuple):
     latent_dist: DiagonalGaussianDistribution
 
 
 class DecoderOutput(NamedTuple):
-    sample: torch.Tensor   # (B, 3, H, W), about [-1, 1]; clamp before you look at it
+    sample: torch.Tensor   # (B, 3, H, W), about [-1, 1]; clamp before display
     wavelet: torch.Tensor  # (B, 12, H/2, W/2), its level-1 bands divided by 2
 
 
@@ -566,7 +566,7 @@ class Autoencoder(nn.Module):
 
     @staticmethod
     def from_checkpoint(checkpoint, device="cpu", ema=True):
-        """The autoencoder of a file, or of what load_checkpoint returned, in eval mode: whichever of MODELS it is.
+        """The autoencoder in a file, or in load_checkpoint's dict, in eval mode; of any class in MODELS.
 
         `ema` picks the EMA weights where there are any. FileNotFoundError if there is no such file, CheckpointError
         if it is damaged, holds no autoencoder, or other weights than its config describes.
@@ -598,7 +598,7 @@ class LiteVAE(Autoencoder):
     decoder_channels  the decoder's width at full resolution; 128 is Stable Diffusion's
     use_smc           SMC instead of GroupNorm in the decoder (Sec. 4.2, Table 4)
     output_type       "image", or "wavelet": the decoder predicts level-1 bands at half the resolution, and the
-                      inverse transform, which is exact, does the last doubling
+                      inverse transform, which is exact, does the last upsampling
     use_1x1_conv      1x1 convolutions around the latent (App. D.2; Table 17 finds them harmful)
     scaling_factor    what diffusion multiplies latents by to bring them to unit variance; train.py measures it
     build_encoder     a function of size and latent_dim; Part II passes others
@@ -608,7 +608,7 @@ class LiteVAE(Autoencoder):
                  use_1x1_conv=False, scaling_factor=1.0, build_encoder=build_encoder):
         if size not in PRESETS:
             raise ValueError(f"size must be one of {', '.join(PRESETS)}, got {size!r}")
-        # The decoder first, so that one seed gives it the same start behind every encoder.
+        # The decoder first: one seed gives the same initial decoder for every encoder.
         decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
         encoder = build_encoder(size, latent_dim).apply(initialise)
         super().__init__(encoder, decoder, Config(
@@ -622,7 +622,7 @@ class LiteVAE(Autoencoder):
 
     @property
     def name(self):
-        """How it is called in print: LiteVAE-B."""
+        """Its printed name: LiteVAE-B."""
         return f"LiteVAE-{self.config.size}"
 
 
@@ -643,14 +643,14 @@ def build_decoder(latent_dim, channels, use_smc, output_type):
     if latent_dim < 1 or channels < 1:
         raise ValueError(f"latent_dim and decoder_channels must be 1 or more, got {latent_dim}, {channels}")
     # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since the 12
-    # bands live at half the resolution.
+    # bands have half the resolution.
     out_channels, ch_mult = (3, (1, 2, 4, 4)) if output_type == "image" else (12, (2, 4, 4))
     return SDVAEDecoder(latent_dim, channels, out_channels, ch_mult, use_smc=use_smc).apply(initialise)
 
 
 # Unspecified: initialisation. With PyTorch's defaults each convolution shrinks its input's variance to a
-# third, and the posterior starts with std 1 around means of std 0.2: the decoder sees noise. Starting as
-# below is worth 2.2 dB after a minute of the quick start.
+# third, and the posterior starts with std 1 around means of std 0.2: the decoder sees noise. The one
+# below gives 2.2 dB more after a minute of the quick start.
 
 
 @torch.no_grad()
@@ -676,16 +676,16 @@ def initialise_posterior(conv, gain):
 
 
 # --- 6  Losses (Eq. 1, Sec. 4.3) ----------------------------------------------------------------------
-# All are computed in at least float32 and averaged over everything they are summed over, so that no
-# weight depends on batch size or resolution. Images are (B, 3, H, W) in [-1, 1].
+# All are means, computed in at least float32, so that no weight depends on batch size or resolution
+# (kl_loss: a sum over the latent divided by the number of pixel values). Images are (B, 3, H, W) in [-1, 1].
 
 # Unspecified: every weight of Eq. 1. What was chosen, and why:
 LOSS_WEIGHTS = {
     "l1": 1.0,          # sets the unit: mean absolute error per pixel value, as in LDM
     "perceptual": 1.0,  # LPIPS on equal terms with L1: LDM, taming-transformers
-    "wavelet": 1.0,     # detail bands are a few times smaller than pixels: a gentle term at equal weight
+    "wavelet": 1.0,     # its gradient at a pixel is then as large as L1's
     "gaussian": 0.5,    # overlaps with the wavelet term, which already weighs the same frequencies
-    "kl": 1e-6,         # LDM's number in LDM's balance, see kl_loss
+    "kl": 1e-6,         # LDM's value and normalisation: kl_loss
     "adv": 0.1,         # constant (Sec. 4.3, Table 8); what Real-ESRGAN uses with L1 and VGG losses of weight 1
 }
 
@@ -700,8 +700,8 @@ def wavelet_loss(w_hat, w, eps=1e-3):
 
     Bands as LiteVAE returns them, divided by 2, so that they share the pixels' scale.
     """
-    # Paper: only the high-frequency bands; L1 on the pixels already covers the low one.
-    # Unspecified: eps. 1e-3 is the usual value: an eighth of one grey level, below it the loss is a parabola.
+    # Paper: only the high-frequency bands (Sec. 4.3), of level 1 (App. G's decode).
+    # Unspecified: eps. 1e-3 is the usual value: an eighth of a grey level; quadratic below it.
     detail = w.shape[1] // 4
     d = at_least_float32(w_hat)[:, detail:] - at_least_float32(w)[:, detail:]  # (B, 9, H/2, W/2)
     return (d.square() + eps**2).sqrt().mean()
@@ -710,7 +710,7 @@ def wavelet_loss(w_hat, w, eps=1e-3):
 def gaussian_loss(x_hat, x, kernel_size=5, sigma=1.0):
     """L1 between x - h(x) and x_hat - h(x_hat) for a Gaussian blur h (Sec. 4.3): two (B, 3, H, W) -> ()."""
     # Unspecified: size and sigma. Five taps and sigma 1, as in the code of the paper's reference [74] (whose border is
-    # reflected; here it is replicated): x - h(x) keeps waves shorter than about 5 pixels.
+    # reflected; here it is replicated): x - h(x) keeps periods below about 5 pixels.
     d = at_least_float32(x_hat) - at_least_float32(x)  # blurring is linear: one blur of the difference serves both
     return (d - gaussian_blur(d, kernel_size, sigma)).abs().mean()
 
@@ -730,8 +730,8 @@ def kl_loss(latent_dist, image):
     """L_reg: KL per image, averaged over the batch, divided by the image's 3HW pixel values: ().
 
     LDM weighs the KL summed over a latent by 1e-6 against a reconstruction loss summed over an image.
-    Ours is a mean over pixel values; dividing the KL's sum by their number keeps exactly LDM's balance at
-    any resolution and any nz. (For nz=4 it equals 2.1e-8 on the KL's mean over latent elements.)
+    Ours is a mean over pixel values; dividing the KL's sum by their number gives LDM's ratio at any
+    resolution and nz. (For nz=4 it equals 2.1e-8 on the KL's mean over latent elements.)
     """
     return latent_dist.kl().mean() / image[0].numel()
 
@@ -739,8 +739,8 @@ def kl_loss(latent_dist, image):
 class LPIPS(nn.Module):
     """Learned perceptual distance of the `lpips` package, in float32: two (B, 3, H, W) in [-1, 1] -> (B,).
 
-    `net` is "vgg", "alex" or "squeeze". The package brings the linear layers, load_features the network's weights:
-    FileNotFoundError if they cannot be had.
+    `net` is "vgg", "alex" or "squeeze". The package has the linear layers, load_features the network's weights:
+    FileNotFoundError if they cannot be loaded.
     """
 
     files = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
@@ -759,8 +759,8 @@ class LPIPS(nn.Module):
         return super().train(False)  # dropout would make the metric noisy
 
     def forward(self, x_hat, x):
-        # Differs: lpips divides features by sqrt(sum f^2) + eps, whose gradient is NaN where the squares of
-        # a position's features all vanish, as on flat images they may. Here eps stands under the root.
+        # Differs: lpips divides features by sqrt(sum f^2) + eps, whose gradient is NaN where all features of
+        # a position are 0, as may happen on flat images. Here eps is under the root.
         unit = lambda f: f * (f.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt()  # noqa: E731
         with autocast_off(x):
             features_hat = self.net.net(self.net.scaling_layer(at_least_float32(x_hat)))
@@ -772,9 +772,9 @@ class LPIPS(nn.Module):
 
 
 def load_features(modules, file):
-    """Load the `features.` tensors of torchvision's `file` into modules whose layers bear torchvision's numbers.
+    """Load the `features.` tensors of torchvision's `file` into modules numbered as in torchvision.
 
-    The file is looked for in torch's hub cache, else downloaded. FileNotFoundError, which names it, if neither works.
+    The file is looked for in torch's hub cache, else downloaded. FileNotFoundError, with its name, if both fail.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
     url = f"https://download.pytorch.org/models/{file}"
@@ -801,7 +801,7 @@ def hinge_g_loss(fake):
 
 
 def discriminator_loss(real_logits, fake_logits, d_loss=hinge_d_loss):
-    """The discriminator's side of L_adv: `d_loss` on the global and on the per-pixel logits, added (Sec. 4.3)."""
+    """The discriminator's side of L_adv: `d_loss` on the global and the per-pixel logits, added, as in [61]."""
     return sum(d_loss(real, fake) for real, fake in zip(real_logits, fake_logits))
 
 
@@ -813,7 +813,7 @@ def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_
     output       what LiteVAE(image) returned
     perceptual   an LPIPS, or None to go without
     fake_logits  the discriminator's (global, per-pixel) logits for output.sample, or None to go without
-    g_loss       what the generator loses on each of them
+    g_loss       the generator's loss on each of them
     Returns the total, (), and a dict of its unweighted terms plus "recon", the weighted L_recon.
     """
     terms = {"l1": l1_loss(output.sample, image)}
@@ -841,11 +841,11 @@ def at_least_float32(x):
 
 
 class UNetDiscriminator(nn.Module):
-    """A UNet that judges the whole image and every pixel (Schonfeld et al., CVPR 2020; Sec. 4.3).
+    """A UNet that classifies the image and every pixel (Schonfeld et al., CVPR 2020; Sec. 4.3).
 
     (B, 3, H, W) -> (global_logits (B, 1), pixel_logits (B, 1, H, W)); positive means real. Four residual
     blocks down to H/16, whose mean gives the global logit, and four up again with skips. Spectral
-    normalisation on every layer; no BatchNorm, which would tie the images of a batch together.
+    normalisation on every layer; no BatchNorm, which makes logits depend on the batch.
     """
 
     # Unspecified: its width and depth, and the CutMix consistency Schonfeld et al. add (left out: the paper
@@ -858,7 +858,7 @@ class UNetDiscriminator(nn.Module):
         self.to_global = spectral_norm(nn.Linear(widths[-1], 1))
         self.up = nn.ModuleList()
         for i, o in zip(reversed(widths), list(reversed(widths[:-1])) + [channels]):
-            self.up.append(DiscriminatorBlock(i if not self.up else 2 * i, o))  # doubled by the skip
+            self.up.append(DiscriminatorBlock(i if not self.up else 2 * i, o))  # skip concatenated
         self.to_pixel = spectral_norm(nn.Conv2d(channels, 1, 1))
 
     def forward(self, x):
@@ -909,14 +909,14 @@ PRESETS = {
 
 CHECKPOINT_FORMAT = "litevae-1"
 
-# What a checkpoint's config may name as its "model", and functions that make a checkpoint of another project's
-# file (or return None). Part II registers more.
+# The classes that a config's "model" names, and functions that convert another project's file to a
+# checkpoint (or return None). Part II adds more.
 MODELS = {"litevae": LiteVAE}
 IMPORTERS = []
 
 
 class CheckpointError(ValueError):
-    """A file that is damaged, or no checkpoint of the kind that was asked for. One sentence."""
+    """A file that is damaged or the wrong kind of checkpoint; the message is one line."""
 
 
 def save_checkpoint(path, vae, ema=None, **extra):
@@ -933,8 +933,8 @@ def save_checkpoint(path, vae, ema=None, **extra):
 
 
 def write_checkpoint(path, checkpoint):
-    """Write a dict to `path`, so that a kill at any moment leaves the file that stood there before, whole. OSError."""
-    # Beside it, flushed to disk, renamed over it.
+    """Write a dict to `path`, atomically: a killed process leaves the previous file intact. OSError."""
+    # Write a second file, flush it, rename it.
     path = os.fspath(path)
     partial = path + ".partial"
     try:
@@ -946,7 +946,7 @@ def write_checkpoint(path, checkpoint):
     except Exception as error:  # a full disk is an OSError or, within torch, a RuntimeError
         if os.path.exists(partial):
             os.remove(partial)
-        raise OSError(f"{path} could not be written, what stood there is as it was ({one_line(error)})") from error
+        raise OSError(f"{path} could not be written; the old file is unchanged ({one_line(error)})") from error
 
 
 def load_checkpoint(path, format=CHECKPOINT_FORMAT):
@@ -983,7 +983,7 @@ def load_weights(build, weights):
     CheckpointError, which names the first tensor that does not fit, if the two do not belong together.
     """
     try:
-        with torch.device("meta"):  # whatever size the file describes, no memory is taken for it
+        with torch.device("meta"):  # allocates nothing, whatever size the file describes
             module = build()
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}

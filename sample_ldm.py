@@ -3,10 +3,10 @@
     python sample_ldm.py train                                             built-in shapes, minutes on a CPU
     python sample_ldm.py sample --class star --guidance 2                  a grid and 64 PNG files
     python sample_ldm.py train --vae CKPT --data DIR --out runs/my-ldm     your images, on one GPU
-    python sample_ldm.py train --resume --out runs/my-ldm                  go on where a run stopped, to the bit
-    torchrun --nproc_per_node=2 sample_ldm.py train ...                    either command, shared by processes
+    python sample_ldm.py train --resume --out runs/my-ldm                  resume a run, bit-exactly on a CPU
+    torchrun --nproc_per_node=2 sample_ldm.py train ...                    train or sample on several GPUs
 
-Training writes into --out what train.py does: checkpoint.pt, log.csv and samples-STEP.png. The checkpoint
+Training writes into --out checkpoint.pt, log.csv, curves.png and samples-STEP.png. The checkpoint
 holds the autoencoder too, so sampling needs that one file. From top to bottom:
 
     1  Diffusion     App. C, EDM     preconditioning, Denoiser, diffusion_loss
@@ -19,7 +19,7 @@ holds the autoencoder too, so sampling needs that one file. From top to bottom:
     8  Options                       the two recipes, build_parser, main
 
 "EDM" is Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, which App. C
-follows; "LDM" is Rombach et al. 2022, whose UNet Sec. 5 takes over. The axes: B latents, nz channels,
+follows; "LDM" is Rombach et al. 2022, whose UNet Sec. 5 uses. The axes: B latents, nz channels,
 h x w = H/8 x W/8 positions, C channels inside the network. sigma is the noise's standard deviation, (B,).
 """
 
@@ -44,22 +44,22 @@ from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoi
 # x_t = x + sigma(t) eps with eps ~ N(0, I), and EDM's choice sigma(t) = t: time is the noise level. The
 # data x are latents times one number, config.scaling_factor, which gives them the standard deviation
 # sigma_data = 1 over all channels: see encode and decode.
-# Differs: LDM, which the paper's models follow closely (App. F), trains DDPM's 1000 discrete noise levels.
-# App. C describes diffusion in EDM's continuous ones, and so does this file.
+# Differs: LDM, which the paper follows closely (App. F), trains on DDPM's 1000 discrete noise levels.
+# Here they are continuous, as in App. C's description.
 
 
 def preconditioning(sigma, sigma_data=1.0):
     """c_skip, c_out, c_in, c_noise of EDM's Table 1 (column "Ours"), each of sigma's shape.
 
     They give the network inputs and targets of unit variance at every noise level. As sigma -> 0 the
-    denoiser becomes the identity (c_skip -> 1), as sigma -> inf all of its output is the network's.
+    denoiser becomes the identity (c_skip -> 1), as sigma -> inf it becomes c_out F.
     """
     total = sigma**2 + sigma_data**2
     return sigma_data**2 / total, sigma * sigma_data * total**-0.5, total**-0.5, sigma.log() / 4
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): x without its noise (EDM Eq. 7).
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the denoised x (EDM Eq. 7).
 
     `net` is F: (x, c_noise (B,), label) -> x's shape. (B, ...) and sigma (B,) -> (B, ...), in x's dtype.
     """
@@ -114,13 +114,13 @@ def heun_sampler(denoise, x, sigmas):
 def stochastic_sampler(denoise, x, sigmas, randn, churn=40.0, churn_min=0.0, churn_max=math.inf, churn_noise=1.0):
     """Algorithm 2 of EDM: the SDE of Eq. 4. Before each Heun step new noise is added, and sigma raised to match.
 
-    The Langevin term of Eq. 4, its beta, is what `churn` (S_churn) stands for: new noise replaces old, so
-    errors of earlier steps fade. It acts where churn_min <= sigma <= churn_max (S_tmin, S_tmax);
-    churn_noise (S_noise), a little above 1, makes up for detail that denoisers lose. randn() gives noise of
+    `churn` (S_churn) controls the Langevin term (beta in Eq. 4): new noise replaces old, which corrects
+    errors of earlier steps. It acts where churn_min <= sigma <= churn_max (S_tmin, S_tmax);
+    churn_noise (S_noise), slightly above 1, offsets the detail that denoisers remove. randn() gives noise of
     x's shape. With churn 0 it is heun_sampler.
     """
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        # At most sqrt(2) - 1: never more new noise than there is already.
+        # At most sqrt(2) - 1: no more new noise than is present.
         gamma = min(churn / (len(sigmas) - 1), 2**0.5 - 1) if churn_min <= sigma <= churn_max else 0.0
         if gamma > 0:
             sigma_hat = sigma * (1 + gamma)
@@ -143,8 +143,8 @@ def _heun_step(denoise, x, sigma, sigma_next):
 def guided(denoiser, label=None, guidance=1.0):
     """denoise(x, sigma) for the samplers: for `label`, (B,), with classifier-free guidance (Ho & Salimans 2022).
 
-    D_none + guidance (D_label - D_none): 1 is the plain conditional model, more overstates what the label
-    changes. D_none is the model as trained on examples whose label was dropped.
+    D_none + guidance (D_label - D_none): 1 is the conditional model, above 1 amplifies the
+    label's effect. D_none is the model with the label of no class.
     """
     if label is None or guidance == 1.0:
         return lambda x, sigma: denoiser(x, sigma, label)
@@ -160,7 +160,7 @@ def guided(denoiser, label=None, guidance=1.0):
 
 # Unspecified: the sizes, but for "ldm". Parameters are counted without classes.
 PRESETS = {
-    # 720,828 parameters at nz=12: minutes on a CPU. A wider or deeper one is no better there: it sees fewer examples.
+    # 720,828 parameters at nz=12: minutes on a CPU. Larger is no better in the same time: fewer examples seen.
     "quick": {"channels": 48, "ch_mult": (1, 1), "num_res_blocks": 1, "attention": (1,), "scale_shift": True},
     # 45,214,980 at nz=4: an hour on one GPU
     "small": {"channels": 128, "ch_mult": (1, 2, 3), "num_res_blocks": 2, "attention": (1, 2), "scale_shift": True},
@@ -176,8 +176,8 @@ class UNet(nn.Module):
     Level l has channels * ch_mult[l] channels at 1 / 2^l of the size, num_res_blocks blocks on the way down
     and one more on the way up, and attention where l is in `attention`. With `scale_shift` the noise level
     scales and shifts normalised features, as in ADM; without, it is added to them, as in LDM. `classes` counts
-    labels; the label `classes` itself means none. Residual branches and the output start at zero. To copy it,
-    take what follows down to _zero along, and group_norm, GroupNorm, upsample, autocast_off and Config of litevae.py.
+    labels; the label `classes` means none. Residual branches and the output start at zero. To reuse it,
+    copy this section and group_norm, GroupNorm, upsample, autocast_off and Config of litevae.py.
     """
 
     def __init__(self, latent_dim, channels=128, ch_mult=(1, 2, 3), num_res_blocks=2, attention=(1, 2),
@@ -302,7 +302,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """To the nearest neighbours at `size`, which may be odd, then a convolution: (B, C, h, w) -> (B, C, *size)."""
+    """Nearest-neighbour upsampling to `size`, which may be odd, and a convolution: (B, C, h, w) -> (B, C, *size)."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, padding=1)

@@ -1448,7 +1448,7 @@ def test_folder_finds_all_images_and_survives_broken_ones(workers, folder, capfd
     assert images.shape == (8, 3, 32, 32) and images.dtype == torch.uint8
     [next(stream) for _ in range(2)]
     del stream  # ends its workers
-    named = capfd.readouterr().err.splitlines()  # each once
+    named = capfd.readouterr().out.splitlines()  # each once
     assert sorted(Path(line.split(" (")[0]).name for line in named) == ["broken.jpg", "empty.png"]
 
 
@@ -1597,7 +1597,7 @@ def test_what_cannot_be_decoded_is_named_and_what_cannot_be_opened_is_tried_agai
     assert reds() == {0, 2}
     away.clear()
     assert reds() == {0, 1, 2}
-    named = sorted(capsys.readouterr().err.splitlines())
+    named = sorted(capsys.readouterr().out.splitlines())
     assert len(named) == 2
     assert re.search(r"float\.tif .*range", named[0]) and re.search(r"text\.png .*no image", named[1])
 

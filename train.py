@@ -1,12 +1,12 @@
 """Train LiteVAE: on built-in images in minutes, or on a folder of your own.
 
     python train.py                                             the quick start: LiteVAE-S, built-in images
-    python train.py --data DIR --out runs/mine                  the paper's first stage: LiteVAE-B at 128x128
+    python train.py --data DIR --out runs/mine                  the paper's recipe: LiteVAE-B at 128x128
     python train.py --data DIR --init runs/mine/checkpoint.pt --resolution 256 --steps 50000 --out runs/mine-256
-                                                                its second stage (Sec. 4.3, Table 5)
+                                                                fine-tuning at 256 (Sec. 4.3, Table 5)
     python train.py --data DIR --model sd-vae --out runs/sd     what the paper compares with: see the groups below
-    python train.py --out runs/mine --resume                    go on where a run stopped, to the bit
-    torchrun --nproc_per_node=2 train.py --data DIR             the same run shared by two processes
+    python train.py --out runs/mine --resume                    resume a run, bit-exactly on a CPU
+    torchrun --nproc_per_node=2 train.py --data DIR             one run on two processes or GPUs
 
 A run writes into --out:  checkpoint.pt  (weights, EMA weights, optimisers, step),  log.csv  (every logged
 value),  curves.png  and  reconstructions-STEP.png  (held-out images beside their reconstructions).
@@ -62,7 +62,7 @@ from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, MODELS, PRESETS, Checkpoi
 
 # --- 1  The two recipes -------------------------------------------------------------------------------
 
-# What both recipes share: options that are ablations, and those of a run.
+# Shared by both recipes: ablation options and run options.
 COMMON = dict(
     data=None, val=None, init=None, resume=False, seed=0, workers=None, device=None, precision="auto", compile=False,
     clip=1.0, model="litevae", use_1x1_conv=False, extractor="unet", shared_extractor=False, aggregator="unet",
@@ -70,10 +70,10 @@ COMMON = dict(
     disc_start=None, disc_warmup=None,
     **{f"weight_{name}": weight for name, weight in LOSS_WEIGHTS.items()})
 
-# What `python train.py` runs: tuned for the PSNR that a few minutes on two CPU cores can reach. Many steps on few,
-# small crops, and a rate that ends at zero. Predicting wavelets spares the decoder its costliest stage; gentle detail
-# losses leave more to L1. No norm bounds an SMC decoder's input, and at this high a rate latents can run away: a
-# longer warm-up and a KL weight 100 times LDM's prevent it.
+# What `python train.py` runs: tuned for the PSNR that a few minutes on two CPU cores can reach. Many steps
+# on small batches of small crops, and a learning rate that decays to 0. Predicting wavelets removes the decoder's
+# costliest stage; a low wavelet weight favours L1. An SMC decoder does not normalise its input, and at this learning
+# rate latents can diverge: a longer warm-up and 100 times LDM's KL weight prevent it.
 QUICK_START = dict(
     COMMON,
     size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True,
@@ -94,9 +94,9 @@ PAPER = dict(
 
 PERCEPTUAL = {"lpips": LPIPS, "esrgan": ESRGANPerceptual}
 ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "logistic": (logistic_g_loss, logistic_d_loss)}
-SMALLEST = {"none": 8, "unet": 16, "patchgan": 24, "stylegan": 8}  # resolutions that a discriminator can judge
+SMALLEST = {"none": 8, "unet": 16, "patchgan": 24, "stylegan": 8}  # smallest resolution of each discriminator
 
-# Options that make the autoencoder. They are its config: those of all models, LiteVAE's, its exchanged parts.
+# Options stored in the autoencoder's config: of every model's decoder, and of LiteVAE's encoder variants.
 DECODER = ("latent_dim", "decoder_channels", "output_type", "use_smc")
 PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "last_two_levels": False}
 MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
@@ -110,7 +110,7 @@ TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to 
 
 
 def checked(kind, fits, words):
-    """A type for argparse: kind(text), refused in these words unless it fits."""
+    """An argparse type: kind(text); an error with `words` unless fits(value)."""
     def parse(text):
         value = kind(text)
         if not fits(value):
@@ -129,8 +129,8 @@ non_negative = checked(float, lambda v: 0 <= v < math.inf, "a number, 0 or above
 number = checked(float, math.isfinite, "a finite number")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
-# {group: {option: (type, choices, or bool for a switch; help)}}. Defaults are those of the recipes. An option that was
-# not typed is not in the parser's namespace: its value comes from a recipe, or with --resume from the checkpoint.
+# {group: {option: (type, choices, or bool for a switch; help)}}. Defaults are those of the recipes. An option that
+# is not given is not in the namespace: its value comes from a recipe, or with --resume from the checkpoint.
 
 
 def run_options(model):
@@ -179,9 +179,9 @@ OPTIONS = {
     "Table 17: 1x1 convolutions around the latent": {
         "use_1x1_conv": (bool, "with them")},
     "Tables 18 to 21: the parts of LiteVAE's encoder": {
-        "extractor": (["unet", "nafnet"], "Table 18: what reads a wavelet level"),
+        "extractor": (["unet", "nafnet"], "Table 18: extracts a level's features"),
         "shared_extractor": (bool, "Table 19: one extractor for all levels"),
-        "aggregator": (["unet", "vit"], "Table 20: what joins the levels; vit takes one resolution alone"),
+        "aggregator": (["unet", "vit"], "Table 20: joins the levels; vit works at one resolution only"),
         "last_two_levels": (bool, "Table 21: without the level of the highest resolution")},
     **OPTIMISER_OPTIONS,
     "Eq. 1 and Table 9: weights of the losses, 0 is without": {
@@ -226,13 +226,13 @@ def build_parser():
     return parser
 
 
-# What a resumed run may be given anew; all else is what it was.
+# Options that --resume may change; all others stay.
 CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precision", "compile", "data", "val", "lr",
               "clip", "resume", "out"}
 
 
 def merge(typed, recipe, load=load_checkpoint):
-    """A recipe's options, or with --resume the run's, replaced by what was typed; and the run's checkpoint or None."""
+    """A recipe's options, or with --resume the run's, updated by those given; and the run's checkpoint or None."""
     path = Path(typed["out"], "checkpoint.pt")
     if not typed.get("resume"):
         if path.exists():
@@ -278,7 +278,7 @@ def parse_args(argv=None):
 
 
 def check(args):
-    """UsageError for what argparse cannot see and would cost hours."""
+    """UsageError for combinations that argparse cannot check."""
     share_of_batch(args)
     smallest = max(SMALLEST[args.discriminator], 16 if args.perceptual != "none" else 8)
     if args.resolution < smallest:
@@ -333,14 +333,14 @@ class AutoencoderTask:
         with self.machine.autocast():
             output = self.vae_parallel(image, noise=noise)
 
-        # Eq. 1 and its gradients. The adversarial weight ramps up: a new discriminator is no shock.
+        # Eq. 1 and its gradients. The adversarial weight ramps up from 0 over disc_warmup steps.
         fake_logits = self.judge(output.sample) if self.discriminator and step >= args.disc_start else None
         ramp = min(1.0, (step + 1 - args.disc_start) / max(1, args.disc_warmup))
         loss, terms = self.loss(output, image, noise, fake_logits, ramp, log)
         norms = [backward(loss, self.vae, self.optimizer, args.clip)]
         values = {"loss": loss, "grad_norm": norms[0], "lr": lr, **terms}
 
-        # The discriminator, on the same reconstructions. It starts before its loss counts above.
+        # The discriminator, on the same reconstructions; it trains before disc_start, too.
         if self.discriminator and step >= args.disc_start - args.disc_warmup:
             with self.machine.autocast():
                 logits = self.d_parallel(torch.cat([image, output.sample.detach()]))  # UNet: (2B, 1), (2B, 1, H, W)
@@ -368,7 +368,7 @@ class AutoencoderTask:
         return loss, terms if fake_logits is None else {**terms, "adv_weight": weights["adv"]}
 
     def judge(self, image):
-        """The discriminator's logits, whose gradients reach the image alone."""
+        """The discriminator's logits, with gradients for the image only."""
         self.discriminator.requires_grad_(False)
         with self.machine.autocast():
             logits = self.discriminator(image)
@@ -388,7 +388,7 @@ class AutoencoderTask:
             z = output.latent.cpu().double()  # (B, nz, h, w)
             count, first, second = count + z.numel(), first + z.sum(), second + z.square().sum()
             pairs += zip(image[:8 - len(pairs)], output.sample)
-        # The factor that brings latents to unit variance travels with the model, as in diffusers.
+        # The config stores the factor that gives latents unit variance, as in diffusers.
         std = ((second - first**2 / count) / (count - 1)).sqrt().item()
         for vae in (self.vae, self.ema.model):
             vae.config.scaling_factor = round(1 / std, 5)
@@ -406,7 +406,7 @@ class AutoencoderTask:
                         args=known(self.args))
 
     def resume(self, checkpoint):
-        """Take up everything `save` wrote."""
+        """Restore everything `save` wrote."""
         training = checkpoint["training"]
         self.vae.load_state_dict(checkpoint["model"])
         self.ema.model.load_state_dict(checkpoint["ema"])
@@ -425,9 +425,9 @@ def backward(loss, module, optimizer, clip):
 
 
 def update(optimizers, norms, lr):
-    """A step of each optimizer whose gradient norm is finite, of as many as there are norms. Returns which were.
+    """Step the optimizers whose gradient norm is finite; those without a norm do not step. Returns which did.
 
-    All norms are read at once, which is the one time that a training step waits for the GPU.
+    All norms are read together: the only synchronisation with the GPU in a training step.
     """
     finite = torch.stack(norms).isfinite().tolist()  # the same in every process: gradients were averaged over them
     for optimizer, good in zip(optimizers, finite):
@@ -465,7 +465,7 @@ def fit(task, args, machine, dataset, start):
         while done < args.steps:
             try:
                 batch = next(stream)
-            except Exception:  # the folder is gone, a worker was killed
+            except Exception:  # a deleted folder, a killed worker
                 if main and done > start and not bad:
                     task.save(done)
                     bar.write(f"saved after step {done}: there were no more images")
@@ -484,7 +484,7 @@ def fit(task, args, machine, dataset, start):
                 raise UsageError(f"the gradient was not finite in {bad} steps up to step {done}: {way_back(args)}")
             if logged:
                 values = machine.mean(values)
-            # Several processes have to agree, which waits for the GPU: not at every step.
+            # With several processes this is an all-reduce, so only at logged steps.
             stopped = (logged or machine.world == 1) and machine.any(bool(stop))
             report = {}
             if main and logged:
@@ -496,7 +496,7 @@ def fit(task, args, machine, dataset, start):
             if main and logged:
                 log.write(done, {**values, **report})
                 since, images = time.monotonic(), 0
-            # Nothing that is not finite replaces a good checkpoint.
+            # Weights that are not finite are never saved.
             good = all(map(math.isfinite, report.values()))
             if main and (stopped or due) and good and not bad:
                 task.save(done)
@@ -546,11 +546,11 @@ def prepare(args, machine, checkpoint):
     trained = checkpoint.get("training", {}).get("discriminator", {}) if checkpoint else {}
     if discriminator and {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in
                                                                       discriminator.state_dict().items()}:
-        trained = {}  # another one, or none
-    if trained:  # the second stage goes on with the first one's
+        trained = {}  # another architecture
+    if trained:  # fine-tuning continues with it
         discriminator.load_state_dict(trained)
     # Unspecified: when the adversarial loss starts. Figure 7's axis begins at 40,000 of 200,000 steps; LDM and
-    # diffusers start at 50,001: a quarter. A trained discriminator has had its start.
+    # diffusers start at 50,001: a quarter. A trained discriminator starts at once.
     if args.disc_start is None:
         args.disc_start = 0 if trained else args.steps // 4
     if args.disc_warmup is None:
@@ -718,7 +718,7 @@ class ImageFolder:
                 pixels = load_image(file, self.resolution, rng() if self.augment else None)  # (H, W, 3)
             except NotAnImage as error:
                 self.broken[candidate] = 1
-                tqdm.write(f"skipped, cannot be read: {file} ({error})", sys.stderr)
+                tqdm.write(f"skipped, cannot be read: {file} ({error})")
             except OSError:  # cannot be opened now: perhaps it can later
                 pass
             else:
