@@ -920,7 +920,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path, vae, ema=None, **extra):
-    """Write `vae` (an Autoencoder) and `extra` to `path`: tensors, numbers, strings, lists and dicts of them only.
+    """Write `vae` (an Autoencoder) and `extra` to `path`: tensors, numbers, strings, None, lists and dicts only.
 
     `ema` is the same model with the EMA weights. ValueError for a fused model, whose SMC parameters are gone.
     """

@@ -35,6 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import train
 from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoint, load_weights, upsample,
@@ -375,39 +376,37 @@ class DiffusionTask:
     @torch.no_grad()
     def report(self, step):
         """The EMA weights' loss on held-out images, at noise levels and noise that never change, and samples."""
-        losses, count, side = [], len(self.held_out), self.args.resolution // 8
+        args, losses, count, side = self.args, [], len(self.held_out), self.args.resolution // 8
         # One level for each image, at evenly spaced quantiles of the levels that are trained.
-        sigmas = noise_levels(torch.special.ndtri((torch.arange(count) + 0.5) / count), self.args.noise_mean,
-                              self.args.noise_std)
-        noise = ImageNoise(0, range(count))
-        for first in range(0, count, self.args.batch_size):
-            rows = range(first, min(first + self.args.batch_size, count))
-            images, labels = zip(*(self.held_out[i] for i in rows))
-            label = torch.tensor(labels, device=self.machine.device) if self.classes else None
+        normal = torch.special.ndtri((torch.arange(count) + 0.5) / count)
+        sigmas = noise_levels(normal, args.noise_mean, args.noise_std).split(args.batch_size)
+        noise = ImageNoise(0, range(count))((self.vae.config.latent_dim, side, side)).split(args.batch_size)
+        for (image, label), sigma, eps in zip(DataLoader(self.held_out, args.batch_size), sigmas, noise):
+            label = label.to(self.machine.device) if self.classes else None
             with self.machine.autocast():
-                x, _ = encode(self.vae, self.machine.images(torch.stack(images)))  # (B, nz, h, w)
-                sigma, eps = sigmas[first:first + len(x)].to(x), noise(x.shape[1:], rows).to(x)
-                losses += [len(x) * diffusion_loss(self.ema.model, x, sigma, eps, label)]
-        numbers = range(16)
-        label = class_labels(numbers, self.classes, None, self.machine)
-        images = draw(self.ema.model, self.vae, self.machine, ImageNoise(0, numbers), side, side, label=label,
+                x, _ = encode(self.vae, self.machine.images(image))  # (B, nz, h, w)
+                loss = diffusion_loss(self.ema.model, x, sigma.to(x), eps.to(x), label)
+            losses.append(len(x) * loss)
+        label = class_labels(range(16), self.classes, None, self.machine)
+        images = draw(self.ema.model, self.vae, self.machine, ImageNoise(0, range(16)), side, side, label=label,
                       guidance=GUIDANCE)
-        train.save_grid(Path(self.args.out, f"samples-{step:06}.png"), [images[:8], images[8:]])
+        train.save_grid(Path(args.out, f"samples-{step:06}.png"), [images[:8], images[8:]])
         return {"val_loss": (sum(losses) / count).item()}
 
     def save(self, step):
         training = {"optimizer": self.optimizer.state_dict()["state"], "ema_updates": self.ema.updates,
                     "skipped": self.skipped}
         save_ldm(Path(self.args.out, "checkpoint.pt"), self.denoiser, self.ema.model, self.vae, self.classes,
-                 self.args.resolution, step=step, training=training, args=train.known(self.args))
+                 self.args.resolution, step=step, training=training, args=vars(self.args))
 
     def resume(self, checkpoint):
-        """Take up everything `save` wrote."""
+        """Restore everything `save` wrote; returns its step."""
         training = checkpoint["training"]
         self.denoiser.load_state_dict(checkpoint["model"])
         self.ema.model.load_state_dict(checkpoint["ema"])
         self.ema.updates, self.skipped = training["ema_updates"], training["skipped"]
         train.load_optimizer(self.optimizer, training["optimizer"])
+        return checkpoint["step"]
 
 
 def prepare(args, machine, checkpoint):
@@ -425,9 +424,7 @@ def prepare(args, machine, checkpoint):
         train.check_resolution(vae, args.resolution)
         denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
     task = DiffusionTask(args, machine, denoiser, vae, held_out, classes)
-    start = checkpoint["step"] if args.resume else 0
-    if args.resume:
-        task.resume(checkpoint)
+    start = task.resume(checkpoint) if args.resume else 0
     about = f"{len(classes)} classes; {about}" if classes else about
     train.announce(f"the {args.model} denoiser", denoiser, vae.config.latent_dim, about, args, machine, start)
     if args.cache_latents:
@@ -464,8 +461,6 @@ def class_number(classes, file, root):
 
 
 # --- 5  Latents ---------------------------------------------------------------------------------------
-
-
 # One number for all channels, as in Stable Diffusion: a channel that varies little means little to the image, and
 # with a scale of its own it would mean as much as the others.
 
@@ -513,14 +508,15 @@ def cache_latents(path, dataset, vae, args, machine):
     """
     if args.data:
         images = train.ImageFolder(dataset.files, args.resolution, augment=False, labels=dataset.labels)
-        count, names = len(images), "\n".join(images.files)
+        count = len(images)
+        names = "\n".join(str(Path(file).relative_to(args.data)) for file in images.files)
     else:
         images, count, names = dataset, BUILT_IN_CACHE, f"shapes {args.seed}"
     weights = 0
     for tensor in vae.state_dict().values():
         weights = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), weights)
-    made_from = {"count": count, "images": zlib.crc32(names.encode()), "resolution": args.resolution, "vae": weights,
-                 "scaling_factor": vae.config.scaling_factor}
+    made_from = {"count": count, "images": zlib.crc32(names.encode(errors="surrogateescape")), "vae": weights,
+                 "resolution": args.resolution, "scaling_factor": vae.config.scaling_factor}
     if path.exists():
         if torch.load(path, weights_only=True, mmap=True)["made_from"] != made_from:
             raise train.UsageError(f"{path} holds latents of other images or of another autoencoder: delete it, or "
@@ -531,10 +527,8 @@ def cache_latents(path, dataset, vae, args, machine):
     with train.progress_bar(count, desc="encoding", disable=machine.rank > 0) as bar:
         for image, label in stream:
             image = machine.images(image)
-            views = []
-            for view in (image, image.flip(-1)):
-                with machine.autocast():
-                    views.append(torch.stack(encode(vae, view), dim=1))  # (B, 2, nz, h, w)
+            with machine.autocast():  # (B, 2, nz, h, w) each
+                views = [torch.stack(encode(vae, view), dim=1) for view in (image, image.flip(-1))]
             whole = machine.gather(torch.stack(views, dim=1).half())  # (world * B, 2, 2, nz, h, w)
             label = machine.gather(label.to(machine.device))
             if machine.rank == 0:
@@ -548,8 +542,6 @@ def cache_latents(path, dataset, vae, args, machine):
 
 
 # --- 6  Checkpoints -----------------------------------------------------------------------------------
-
-
 # The autoencoder travels in the diffusion checkpoint, rather than its path and a checksum: latents mean
 # something to that very autoencoder alone, and files get moved, trained on and deleted. It adds 0.2 GB with
 # Stable Diffusion's decoder, where the state of the "ldm" network and its optimiser is 4.4 GB.
@@ -586,7 +578,6 @@ def build(checkpoint, ema=True):
 
 # --- 7  Sampling images -------------------------------------------------------------------------------
 
-
 GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
 CHURN_RANGE, CHURN_NOISE = (0.1, 100.0), 1.003  # of --churn. EDM's for ImageNet, Table 5, at std 1 instead of 0.5
 
@@ -609,7 +600,10 @@ def sample(args):
     # On a CPU the decoder's feature maps leave the cache in larger batches.
     batch_size = args.batch_size or (8 if machine.device.type == "cpu" else 64)
 
-    out = args.out or fresh_folder(Path(args.ldm).parent / "samples")
+    out, number = args.out or Path(args.ldm).with_name("samples"), 1
+    while not args.out and out.exists():
+        number += 1
+        out = out.with_name(f"samples-{number}")
     folder = out / "images"
     if folder.exists() and any(folder.iterdir()):
         raise train.UsageError(f"{folder} already holds images: choose another --out")
@@ -635,7 +629,7 @@ def sample(args):
     machine.wait()
     files = sorted(folder.glob("*.png"))
     if machine.rank == 0 and files:
-        shown = [torch.from_numpy(np.array(train.open_rgb(path))).permute(2, 0, 1) / 127.5 - 1 for path in files[:64]]
+        shown = [train.as_tensor(np.asarray(train.open_rgb(path))) / 127.5 - 1 for path in files[:64]]
         train.save_grid(out / "grid.png", [shown[i:i + 8] for i in range(0, len(shown), 8)])
         print(f"{'stopped; ' if status else ''}{len(files)} images of {height}x{width}: {folder}, the first of them: "
               f"{out / 'grid.png'}")
@@ -644,14 +638,14 @@ def sample(args):
 
 @torch.no_grad()
 def draw(denoiser, vae, machine, noise, h, w, steps=18, label=None, guidance=1.0, **churn):
-    """Images, (B, 3, 8h, 8w) in [-1, 1], on the CPU, from an ImageNoise; `churn` goes to stochastic_sampler."""
+    """Images, (B, 3, 8h, 8w), about [-1, 1], on the CPU, from an ImageNoise; `churn` goes to stochastic_sampler."""
     shape = (denoiser.net.config.latent_dim, h, w)
     randn = lambda: noise(shape).to(machine.device).contiguous(memory_format=machine.memory_format)  # noqa: E731
     sigmas, denoise = sigma_schedule(steps), guided(denoiser, label, guidance)
     with machine.autocast():
         x = sigmas[0] * randn()  # (B, nz, h, w)
         x = stochastic_sampler(denoise, x, sigmas, randn, **churn) if churn else heun_sampler(denoise, x, sigmas)
-        return decode(vae, x).clamp(-1, 1).cpu()
+        return decode(vae, x).cpu()
 
 
 class ImageNoise:
@@ -661,10 +655,9 @@ class ImageNoise:
         seeds = [int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]) for i in numbers]
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
 
-    def __call__(self, shape, rows=None):
-        """(len(rows), *shape), the next noise of the images at `rows`, or of all."""
-        generators = self.generators if rows is None else [self.generators[i] for i in rows]
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    def __call__(self, shape):
+        """(number of images, *shape): the next noise of each."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
 
 
 def class_labels(numbers, classes, names, machine):
@@ -675,17 +668,7 @@ def class_labels(numbers, classes, names, machine):
     return torch.tensor([turn[i % len(turn)] for i in numbers], device=machine.device)
 
 
-def fresh_folder(path):
-    """`path`, or path-2, path-3, ...: the first that does not exist."""
-    number, fresh = 1, path
-    while fresh.exists():
-        number += 1
-        fresh = path.with_name(f"{path.name}-{number}")
-    return fresh
-
-
 # --- 8  Options ---------------------------------------------------------------------------------------
-
 
 # What both recipes share.
 COMMON = dict(
@@ -706,9 +689,8 @@ DATA = dict(
     noise_std=1.0, lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay=0.0, ema=0.9999, save_every=2_000,
     log_every=50)
 
-
 OPTIONS = {
-    **train.run_options("the denoiser"),
+    **train.RUN_OPTIONS,
     "latents": {
         "vae": (str, "the autoencoder: a checkpoint of train.py, whose EMA weights are taken, or a released Stable "
                      "Diffusion autoencoder (default: the LiteVAE-S that comes with this repository). --resolution is "

@@ -2052,7 +2052,7 @@ def test_ctrl_c_outside_the_loop_leaves_no_traceback(tmp_path, vae_file, monkeyp
 
 HELP = {"train.py": (train, ["default: S, with --data B", "default: 48, with --data 128", "with --data 0.0001",
                              "multiple of 8", "default: auto"]),
-        "sample_ldm.py train": (sample_ldm, ["default: quick, with --data small", "updates of the denoiser"]),
+        "sample_ldm.py train": (sample_ldm, ["default: quick, with --data small", "updates of the model"]),
         "sample_ldm.py sample": (sample_ldm, []),
         **{f"eval.py {command}": (evaluation, ["Needs", "--json"])
            for command in ("recon", "fid", "scale", "mmd", "cost", "latents", "features", "classes")}}
@@ -2163,6 +2163,7 @@ def test_the_discriminators_loss_counts_from_a_quarter_or_at_once_after_a_traine
     # Another one has to be trained first.
     assert run(train, *start, "--discriminator", "unet", "--disc-channels", 16, "--out", tmp_path / "c") == 0
     assert [bool(r["adv"]) for r in rows(tmp_path / "c")] == [False] * 2 + [True] * 6
+    assert run(train, *start, "--discriminator", "none", "--out", tmp_path / "d") == 0
 
 
 def test_a_step_waits_for_the_device_at_most_once(tmp_path):

@@ -50,11 +50,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, MODELS, PRESETS, CheckpointError, ESRGANPerceptual, LiteVAE,
                      LiteVAEVariant, PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
                      autoencoder_loss, discriminator_loss, hinge_d_loss, hinge_g_loss, ldl_loss, load_checkpoint,
@@ -101,7 +96,6 @@ DECODER = ("latent_dim", "decoder_channels", "output_type", "use_smc")
 PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "last_two_levels": False}
 MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
 
-
 HELD_OUT = 64  # images at most
 TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to try; the README says how it was trained
 
@@ -132,26 +126,22 @@ fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 # {group: {option: (type, choices, or bool for a switch; help)}}. Defaults are those of the recipes. An option that
 # is not given is not in the namespace: its value comes from a recipe, or with --resume from the checkpoint.
 
-
-def run_options(model):
-    """What is trained on and for how long; `model` says what is trained."""
-    return {"run": {
-        "data": (str, "folder of images to train on, searched recursively (default: built-in images)"),
-        "val": (str, f"folder of held-out images, of which {HELD_OUT} evenly spaced ones are measured (default: 1 file "
-                     f"in 20 of --data, {HELD_OUT} at most, evenly spaced)"),
-        "out": (str, "folder for checkpoint, log and pictures (default: one in runs)"),
-        "resume": (bool, "go on from --out's checkpoint, with the options it was started with"),
-        "steps": (positive_int, f"updates of {model}"),
-        "batch_size": (positive_int, "images a step, over all processes"),
-        "resolution": (multiple_of_8, "side of the square crops in pixels, a multiple of 8"),
-        "seed": (seed, "seed of weights, images and noise"),
-        "save_every": (positive_int, "steps between checkpoints, pictures and held-out measurements"),
-        "log_every": (positive_int, "steps between rows of log.csv"),
-        "workers": (natural, "processes that load images (default: one a core, 8 at most; on a CPU none)"),
-        "device": (str, "cuda, cuda:1, mps, cpu (default: the best there is)"),
-        "precision": (["auto", "fp32", "bf16"], "of the networks; auto is bf16 on GPUs and CPUs built for it"),
-        "compile": (bool, f"torch.compile {model}: a slow start, then faster steps")}}
-
+RUN_OPTIONS = {"run": {
+    "data": (str, "folder of images to train on, searched recursively (default: built-in images)"),
+    "val": (str, f"folder of held-out images, of which {HELD_OUT} evenly spaced ones are measured (default: 1 file in "
+                 f"20 of --data, {HELD_OUT} at most, evenly spaced)"),
+    "out": (str, "folder for checkpoint, log and pictures (default: one in runs)"),
+    "resume": (bool, "go on from --out's checkpoint, with the options it was started with"),
+    "steps": (positive_int, "updates of the model"),
+    "batch_size": (positive_int, "images a step, over all processes"),
+    "resolution": (multiple_of_8, "side of the square crops in pixels, a multiple of 8"),
+    "seed": (seed, "seed of weights, images and noise"),
+    "save_every": (positive_int, "steps between checkpoints, pictures and held-out measurements"),
+    "log_every": (positive_int, "steps between rows of log.csv"),
+    "workers": (natural, "processes that load images (default: one a core, 8 at most; on a CPU none)"),
+    "device": (str, "cuda, cuda:1, mps, cpu (default: the best there is)"),
+    "precision": (["auto", "fp32", "bf16"], "of the networks; auto is bf16 on GPUs and CPUs built for it"),
+    "compile": (bool, "torch.compile the model: a slow start, then faster steps")}}
 
 OPTIMISER_OPTIONS = {"optimisation": {
     "lr": (positive, "Adam's learning rate"),
@@ -163,7 +153,7 @@ OPTIMISER_OPTIONS = {"optimisation": {
     "ema": (fraction, "decay of the EMA weights, reached from (1+n)/(10+n)")}}
 
 OPTIONS = {
-    **run_options("the autoencoder"),
+    **RUN_OPTIONS,
     "the start": {
         "init": (str, "start from this checkpoint's EMA weights and discriminator, e.g. with --resolution 256 for the "
                       "second stage; or from a released Stable Diffusion autoencoder")},
@@ -378,22 +368,18 @@ class AutoencoderTask:
     @torch.no_grad()
     def report(self, step):
         """PSNR of the EMA weights on the held-out images, and a picture of the first eight."""
-        psnrs, pairs, count, first, second = [], [], 0, 0.0, 0.0
-        for start in range(0, len(self.held_out), self.args.batch_size):
-            rows = range(start, min(start + self.args.batch_size, len(self.held_out)))
-            image = self.machine.images(torch.stack([self.held_out[i][0] for i in rows]))
+        psnrs, latents, pairs = [], [], []
+        for image, _ in DataLoader(self.held_out, self.args.batch_size):
+            image = self.machine.images(image)
             with self.machine.autocast():
                 output = self.ema.model(image, sample=False)
             psnrs.append(psnr(output.sample, image))
-            z = output.latent.cpu().double()  # (B, nz, h, w)
-            count, first, second = count + z.numel(), first + z.sum(), second + z.square().sum()
+            latents.append(output.latent.cpu().double())  # (B, nz, h, w)
             pairs += zip(image[:8 - len(pairs)], output.sample)
         # The config stores the factor that gives latents unit variance, as in diffusers.
-        std = ((second - first**2 / count) / (count - 1)).sqrt().item()
-        for vae in (self.vae, self.ema.model):
-            vae.config.scaling_factor = round(1 / std, 5)
+        self.vae.config.scaling_factor = round(1 / torch.cat(latents).std().item(), 5)
         save_grid(Path(self.args.out, f"reconstructions-{step:06}.png"),
-                  [[x for pair in pairs[i:i + 4] for x in pair] for i in range(0, len(pairs), 4)])
+                  [sum(pairs[i:i + 4], ()) for i in range(0, len(pairs), 4)])
         return {"psnr": torch.cat(psnrs).mean().item()}
 
     def save(self, step):
@@ -403,10 +389,10 @@ class AutoencoderTask:
             training |= {"discriminator": dict(self.discriminator.state_dict()),
                          "d_optimizer": self.d_optimizer.state_dict()["state"]}
         save_checkpoint(Path(self.args.out, "checkpoint.pt"), self.vae, self.ema.model, step=step, training=training,
-                        args=known(self.args))
+                        args=vars(self.args))
 
     def resume(self, checkpoint):
-        """Restore everything `save` wrote."""
+        """Restore everything `save` wrote; returns its step."""
         training = checkpoint["training"]
         self.vae.load_state_dict(checkpoint["model"])
         self.ema.model.load_state_dict(checkpoint["ema"])
@@ -415,6 +401,7 @@ class AutoencoderTask:
         if self.discriminator:
             self.discriminator.load_state_dict(training["discriminator"])
             load_optimizer(self.d_optimizer, training["d_optimizer"])
+        return checkpoint["step"]
 
 
 def backward(loss, module, optimizer, clip):
@@ -490,24 +477,24 @@ def fit(task, args, machine, dataset, start):
             if main and logged:
                 values |= {"images_per_second": images / (time.monotonic() - since), "skipped": task.skipped}
                 bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
-            if main and due:
-                report = task.report(done)
-                bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
-            if main and logged:
+                if due:
+                    report = task.report(done)
+                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
                 log.write(done, {**values, **report})
                 since, images = time.monotonic(), 0
             # Weights that are not finite are never saved.
             good = all(map(math.isfinite, report.values()))
-            if main and (stopped or due) and good and not bad:
-                task.save(done)
-            elif main and (stopped or due):
-                bar.write(f"not saved: step {done} was not finite")
-            if main and due:
+            if main and (stopped or due):
+                if good and not bad:
+                    task.save(done)
+                else:
+                    bar.write(f"not saved: step {done} was not finite")
                 log.plot()
             if not good:
                 raise UsageError(f"the weights after step {done} give nothing finite: {way_back(args)}")
-            if stopped:
+            if stopped and main:
                 bar.write(f"stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
+            if stopped:
                 return 128 + (stop or [signal.SIGTERM])[0]
     return 0
 
@@ -543,23 +530,20 @@ def prepare(args, machine, checkpoint):
             perceptual = PERCEPTUAL[args.perceptual]()
         except OSError as error:
             raise UsageError(f"{error}; or go without it: --perceptual none")
-    trained = checkpoint.get("training", {}).get("discriminator", {}) if checkpoint else {}
-    if discriminator and {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in
-                                                                      discriminator.state_dict().items()}:
-        trained = {}  # another architecture
-    if trained:  # fine-tuning continues with it
+    trained = (checkpoint or {}).get("training", {}).get("discriminator", {})
+    shapes = lambda weights: {name: tensor.shape for name, tensor in weights.items()}  # noqa: E731
+    goes_on = discriminator and shapes(trained) == shapes(discriminator.state_dict())
+    if goes_on:  # fine-tuning continues with it
         discriminator.load_state_dict(trained)
     # Unspecified: when the adversarial loss starts. Figure 7's axis begins at 40,000 of 200,000 steps; LDM and
     # diffusers start at 50,001: a quarter. A trained discriminator starts at once.
     if args.disc_start is None:
-        args.disc_start = 0 if trained else args.steps // 4
+        args.disc_start = 0 if goes_on else args.steps // 4
     if args.disc_warmup is None:
         args.disc_warmup = args.disc_start // 10
     kind = AblationTask if discriminator or args.weight_ldl else AutoencoderTask
     task = kind(args, machine, vae, held_out, perceptual, discriminator)
-    start = checkpoint["step"] if args.resume else 0
-    if args.resume:
-        task.resume(checkpoint)
+    start = task.resume(checkpoint) if args.resume else 0
     announce(vae.name, vae, vae.config.latent_dim, about, args, machine, start)
     return task, dataset, start
 
@@ -644,22 +628,21 @@ def open_images(args, built_in, label=None):
     candidates, root = (find_images(args.val), args.val) if args.val else (files, args.data)
     if candidates:
         count = HELD_OUT if args.val else min(HELD_OUT, -(-len(files) // 20))
-        folder = images(candidates, root, augment=False)
-        held_out, names = folder.spread(count)
-        checksum = zlib.crc32("\n".join(os.path.relpath(name, root) for name in names).encode(errors="surrogateescape"))
+        found = images(candidates, root, augment=False).spread(count)
+        held_out = list(found.values())
+        checksum = zlib.crc32("\n".join(os.path.relpath(name, root) for name in found).encode(errors="surrogateescape"))
         if getattr(args, "held_out", checksum) != checksum:
             print("Warning: the held-out images are no longer those the run began with: it may have trained on them")
         args.held_out = checksum  # the checkpoint keeps it
     else:
         unseen = built_in(args.resolution, 2**32 - 1)  # a seed no run trains on
-        held_out, names = [unseen[i] for i in range(HELD_OUT)], []
+        held_out = [unseen[i] for i in range(HELD_OUT)]
     if not args.data:
-        about = f"built-in images, {len(held_out)} held out"
-        return built_in(args.resolution, args.seed), held_out, about
-    files = files if args.val else [file for file in files if file not in names]
+        return built_in(args.resolution, args.seed), held_out, f"built-in images, {len(held_out)} held out"
+    files = files if args.val else [file for file in files if file not in found]
     about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
     if not files:
-        files, about = names, f"the one image of {args.data}, which is held out too"
+        files, about = list(found), f"the one image of {args.data}, which is held out too"
     return images(files, args.data, seed=args.seed), held_out, about
 
 
@@ -673,9 +656,9 @@ def find_images(folder):
         raise UsageError(f"there is no folder {folder}")
     files, seen = {}, set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(root, name)) not in seen]
         seen.update(os.path.realpath(os.path.join(root, name)) for name in ["", *folders])
-        for name in names:
+        for name in sorted(names):
             path = os.path.join(root, name)
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(path):
                 files.setdefault(os.path.realpath(path), path)  # links lead to a file a second time
@@ -704,34 +687,29 @@ class ImageFolder:
         epoch, index = divmod(position, len(self.files))
         if self.augment:
             index = int(permutation(len(self.files), self.seed, epoch)[index])
-        # A generator for each attempt: the crop must not depend on whether a broken file was known.
-        return self.first_readable(index, lambda: np.random.default_rng((self.seed, 1, position)))[0]
+        return self.first_readable(index, position)[1]
 
-    def first_readable(self, index, rng=lambda: None):
-        """The item of the first file from `index` on that can be read, and that file."""
+    def first_readable(self, index, position=None):
+        """The first file from `index` on that can be read, and its item; `position` seeds the augmentation."""
         for attempt in range(len(self.files)):
             candidate = (index + attempt) % len(self.files)
             if self.broken[candidate]:
                 continue
             file = self.files[candidate]
+            # A generator for each attempt: the crop must not depend on whether a broken file was known.
+            rng = np.random.default_rng((self.seed, 1, position)) if self.augment else None
             try:
-                pixels = load_image(file, self.resolution, rng() if self.augment else None)  # (H, W, 3)
+                return file, (as_tensor(load_image(file, self.resolution, rng)), self.labels[candidate])
             except NotAnImage as error:
                 self.broken[candidate] = 1
                 tqdm.write(f"skipped, cannot be read: {file} ({error})")
             except OSError:  # cannot be opened now: perhaps it can later
                 pass
-            else:
-                return (as_tensor(pixels), self.labels[candidate]), file
         raise UsageError(f"none of the {len(self.files)} images can be read, {self.files[0]} for one")
 
     def spread(self, count):
-        """`count` items evenly spaced over the files, so that no class of a sorted folder is alone, and their files."""
-        found = {}
-        for i in range(count):
-            item, file = self.first_readable(i * len(self.files) // count)
-            found[file] = item
-        return list(found.values()), list(found)
+        """{file: item} of `count` files evenly spaced over all, so that no class of a sorted folder is alone."""
+        return dict(self.first_readable(i * len(self.files) // count) for i in range(count))
 
 
 class DeadLeaves:
@@ -880,19 +858,13 @@ def plot(path, panels, x_title, even=False):
 # --- 8  The machine -----------------------------------------------------------------------------------
 
 
-def batches(dataset, batch_size, start, machine, workers, count=math.inf):
+def batches(dataset, batch_size, start, machine, workers, count=sys.maxsize):
     """This process's share of batches `start`, `start + 1`, ... of a stream that ends after `count` items, or never."""
     workers = machine.workers(workers)
     share = batch_size // machine.world
-
-    def positions():
-        first = start * batch_size
-        while first < count:
-            mine = first + machine.rank * share
-            yield list(range(mine, mine + share))
-            first += batch_size
-
-    return iter(DataLoader(dataset, batch_sampler=positions(), num_workers=workers, worker_init_fn=ignore_signals,
+    mine = range(machine.rank * share, (machine.rank + 1) * share)
+    positions = ([first + i for i in mine] for first in range(start * batch_size, count, batch_size))
+    return iter(DataLoader(dataset, batch_sampler=positions, num_workers=workers, worker_init_fn=ignore_signals,
                            pin_memory=machine.device.type == "cuda", prefetch_factor=4 if workers else None))
 
 
@@ -952,8 +924,7 @@ class Machine:
         """`module`, with gradients averaged over the processes if there are several."""
         if self.world == 1:
             return module
-        return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                                       broadcast_buffers=False)
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
     def average(self, tensor):
         """`tensor`, averaged over the processes."""
@@ -970,11 +941,7 @@ class Machine:
 
     def any(self, flag):
         """Whether `flag` is true in any process."""
-        if self.world == 1:
-            return flag
-        tensor = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.item() > 0
+        return self.average(torch.tensor(float(flag))).item() > 0
 
     def wait(self):
         """Return once every process has come here."""
@@ -990,13 +957,11 @@ class Machine:
 
     def now(self):
         """Seconds on a clock, once the device has done all it was given."""
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+        getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
 
 
 # --- 9  Around the loop -------------------------------------------------------------------------------
-
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -1028,15 +993,9 @@ def share_of_batch(args):
     return args.batch_size // world
 
 
-def known(args):
-    """The options that have a value: what a checkpoint keeps."""
-    return {key: value for key, value in vars(args).items() if value is not None}
-
-
 def load_optimizer(optimizer, state):
     """Take up the moments of a checkpoint; learning rate and the like come from the arguments. CheckpointError."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(parameters):  # fused Adam does not look at shapes
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):  # fused Adam does not look at shapes
         if i in state and any(state[i][name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
             raise CheckpointError("the optimiser's state in the checkpoint is not that of its model")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -1081,18 +1040,16 @@ def stop_signals():
 @contextlib.contextmanager
 def lock(folder, wanted=True):
     """Keeps other runs out of a folder; the system releases it however this run ends. UsageError if there is one."""
-    if not wanted or fcntl is None:
+    with contextlib.ExitStack() as stack:
+        if wanted and os.name == "posix":
+            import fcntl  # not on Windows
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another run is writing into {folder}: choose another --out")
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another run is writing into {folder}: choose another --out")
-        yield
-    finally:
-        os.close(handle)
 
 
 class CSVLog:
@@ -1163,11 +1120,12 @@ def run_script(name, work):
     try:
         return work()
     except (UsageError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        words = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and MPS's, CPUs'
+        full = isinstance(error, MemoryError) or any(some in str(error) for some in words)
+        if isinstance(error, RuntimeError) and not full:
             raise
         if int(os.environ.get("RANK", 0)) == 0:
-            memory = isinstance(error, (MemoryError, RuntimeError))
-            advice = ": lower --batch-size, --size or --resolution" if memory else ""
+            advice = ": lower --batch-size, --size or --resolution" if full else ""
             print(f"{name}: {one_line(error)}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the loop, which has its own way to stop
