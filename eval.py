@@ -77,116 +77,98 @@ def ssim(x_hat, x):
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-PUBLISHED = "published weights"
 
 # The average leaves the padding out of the count, as in TensorFlow; torchvision's Inception counts it.
 average_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 maximum_pool = nn.MaxPool2d(3, stride=1, padding=1)
 halving_pool = nn.MaxPool2d(3, stride=2)
 
-# A block is a list of branches, which all start from the block's input. A branch is a list of poolings and of
-# convolutions (name, channels, kernel[, stride, padding]), by default of stride 1 and with padding "same".
-
-STEM = [("Conv2d_1a_3x3", 32, 3, 2, "valid"), ("Conv2d_2a_3x3", 32, 3, 1, "valid"), ("Conv2d_2b_3x3", 64, 3),
-        halving_pool,  # (B, 64, 73, 73)
-        ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, "valid"),
-        halving_pool]  # (B, 192, 35, 35)
+# A branch is {name: layer}, one after another. A layer is a pooling; a convolution, (in, out, kernel[, stride,
+# padding]), by default of stride 1 and with padding "same"; or a block, which is a list of branches side by side.
 
 
-def block_a(pool_channels):  # (B, C, 35, 35) -> (B, 224 + pool_channels, 35, 35)
-    return [[("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            [average_pool, ("branch_pool", pool_channels, 1)]]
+def block_a(C, pooled):  # (B, C, 35, 35) -> (B, 224 + pooled, 35, 35)
+    return [{"branch1x1": (C, 64, 1)},
+            {"branch5x5_1": (C, 48, 1), "branch5x5_2": (48, 64, 5)},
+            {"branch3x3dbl_1": (C, 64, 1), "branch3x3dbl_2": (64, 96, 3), "branch3x3dbl_3": (96, 96, 3)},
+            {"pool": average_pool, "branch_pool": (C, pooled, 1)}]
 
 
-def block_c(width):  # (B, 768, 17, 17) -> (B, 768, 17, 17)
-    return [[("branch1x1", 192, 1)],
-            [("branch7x7_1", width, 1), ("branch7x7_2", width, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-            [("branch7x7dbl_1", width, 1), ("branch7x7dbl_2", width, (7, 1)), ("branch7x7dbl_3", width, (1, 7)),
-             ("branch7x7dbl_4", width, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
-            [average_pool, ("branch_pool", 192, 1)]]
+def block_c(w):  # (B, 768, 17, 17) -> (B, 768, 17, 17)
+    return [{"branch1x1": (768, 192, 1)},
+            {"branch7x7_1": (768, w, 1), "branch7x7_2": (w, w, (1, 7)), "branch7x7_3": (w, 192, (7, 1))},
+            {"branch7x7dbl_1": (768, w, 1), "branch7x7dbl_2": (w, w, (7, 1)), "branch7x7dbl_3": (w, w, (1, 7)),
+             "branch7x7dbl_4": (w, w, (7, 1)), "branch7x7dbl_5": (w, 192, (1, 7))},
+            {"pool": average_pool, "branch_pool": (768, 192, 1)}]
 
 
-def block_e(pool):  # (B, C, 8, 8) -> (B, 2048, 8, 8); a convolution that two branches name is one convolution
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), ("branch3x3_2a", 384, (1, 3))],
-            [("branch3x3_1", 384, 1), ("branch3x3_2b", 384, (3, 1))],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), ("branch3x3dbl_3a", 384, (1, 3))],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), ("branch3x3dbl_3b", 384, (3, 1))],
-            [pool, ("branch_pool", 192, 1)]]
+def block_e(C, pool):  # (B, C, 8, 8) -> (B, 2048, 8, 8); a convolution that two branches name is one convolution
+    return [{"branch1x1": (C, 320, 1)},
+            {"branch3x3_1": (C, 384, 1), "branch3x3_2a": (384, 384, (1, 3))},
+            {"branch3x3_1": (C, 384, 1), "branch3x3_2b": (384, 384, (3, 1))},
+            {"branch3x3dbl_1": (C, 448, 1), "branch3x3dbl_2": (448, 384, 3), "branch3x3dbl_3a": (384, 384, (1, 3))},
+            {"branch3x3dbl_1": (C, 448, 1), "branch3x3dbl_2": (448, 384, 3), "branch3x3dbl_3b": (384, 384, (3, 1))},
+            {"pool": pool, "branch_pool": (C, 192, 1)}]
 
 
-MIXED = {
-    "Mixed_5b": block_a(32),  # (B, 256, 35, 35)
-    "Mixed_5c": block_a(64),  # (B, 288, 35, 35)
-    "Mixed_5d": block_a(64),
-    "Mixed_6a": [  # -> (B, 768, 17, 17)
-        [("branch3x3", 384, 3, 2, "valid")],
-        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, "valid")],
-        [halving_pool]],
-    "Mixed_6b": block_c(128),
-    "Mixed_6c": block_c(160),
-    "Mixed_6d": block_c(160),
-    "Mixed_6e": block_c(192),
-    "Mixed_7a": [  # -> (B, 1280, 8, 8)
-        [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, "valid")],
-        [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-         ("branch7x7x3_4", 192, 3, 2, "valid")],
-        [halving_pool]],
-    "Mixed_7b": block_e(average_pool),
+INCEPTION = {
+    "Conv2d_1a_3x3": (3, 32, 3, 2, 0), "Conv2d_2a_3x3": (32, 32, 3, 1, 0), "Conv2d_2b_3x3": (32, 64, 3),
+    "pool1": halving_pool,  # (B, 64, 73, 73)
+    "Conv2d_3b_1x1": (64, 80, 1), "Conv2d_4a_3x3": (80, 192, 3, 1, 0),
+    "pool2": halving_pool,  # (B, 192, 35, 35)
+    "Mixed_5b": block_a(192, 32), "Mixed_5c": block_a(256, 64), "Mixed_5d": block_a(288, 64),  # (B, 288, 35, 35)
+    "Mixed_6a": [{"branch3x3": (288, 384, 3, 2, 0)},
+                 {"branch3x3dbl_1": (288, 64, 1), "branch3x3dbl_2": (64, 96, 3), "branch3x3dbl_3": (96, 96, 3, 2, 0)},
+                 {"pool": halving_pool}],  # (B, 768, 17, 17)
+    "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),
+    "Mixed_7a": [{"branch3x3_1": (768, 192, 1), "branch3x3_2": (192, 320, 3, 2, 0)},
+                 {"branch7x7x3_1": (768, 192, 1), "branch7x7x3_2": (192, 192, (1, 7)),
+                  "branch7x7x3_3": (192, 192, (7, 1)), "branch7x7x3_4": (192, 192, 3, 2, 0)},
+                 {"pool": halving_pool}],  # (B, 1280, 8, 8)
+    "Mixed_7b": block_e(1280, average_pool),
     # The one block that pools by maximum: a slip in TensorFlow's network, which its weights were trained with.
-    "Mixed_7c": block_e(maximum_pool),
-}
+    "Mixed_7c": block_e(2048, maximum_pool)}
 
 
 class InceptionBlock(nn.Module):
-    """Branches side by side, joined along the channels: (B, in_channels, H, W) -> (B, out_channels, H', W')."""
+    """Branches side by side, joined along the channels: (B, C, H, W) -> (B, C', H', W')."""
 
-    def __init__(self, in_channels, branches):
+    def __init__(self, branches):
         super().__init__()
-        self.branches, self.out_channels = branches, 0
+        self.branches = branches
         for branch in branches:
-            width = in_channels
-            for layer in branch:
+            for name, layer in branch.items():
                 if isinstance(layer, tuple):
-                    name, channels, kernel, *how = layer
-                    stride, padding = how or (1, "same")
-                    self.add_module(name, nn.Sequential(OrderedDict(
-                        conv=nn.Conv2d(width, channels, kernel, stride, padding, bias=False),
-                        bn=nn.BatchNorm2d(channels, eps=0.001), relu=nn.ReLU())))
-                    width = channels
-            self.out_channels += width
+                    layer = convolution(*layer)
+                elif isinstance(layer, list):
+                    layer = InceptionBlock(layer)
+                self.add_module(name, layer)
 
     def forward(self, x):
-        outputs, known = [], {}  # the outputs of convolutions by name: two branches may share one
+        outputs, known = [], {}  # what layers returned, by name: two branches may share a convolution
         for branch in self.branches:
             y = x
-            for layer in branch:
-                if isinstance(layer, tuple):
-                    name = layer[0]
-                    known[name] = y = known[name] if name in known else self.get_submodule(name)(y)
-                else:
-                    y = layer(y)  # a pooling
+            for name in branch:
+                y = known[name] = known[name] if name in known else self.get_submodule(name)(y)
             outputs.append(y)
         return torch.cat(outputs, dim=1)
+
+
+def convolution(channels, out, kernel, stride=1, padding="same"):
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, out, kernel, stride, padding, bias=False),
+                                     bn=nn.BatchNorm2d(out, eps=0.001), relu=nn.ReLU()))
 
 
 class InceptionV3(InceptionBlock):
     """The Inception network of FID: (B, 3, H, W) in [0, 1], any size -> (B, 2048) features."""
 
     def __init__(self):
-        super().__init__(3, [STEM])  # the stem is a block of one branch
-        channels = self.out_channels
-        for name, branches in MIXED.items():
-            block = InceptionBlock(channels, branches)
-            self.add_module(name, block)
-            channels = block.out_channels
+        super().__init__([INCEPTION])  # a block of one branch
         self.fc = nn.Linear(2048, 1008)  # in the file, not used by FID
 
     def forward(self, x):
-        x = super().forward(2 * inception_resize(x) - 1)  # (B, 3, 299, 299) in [-1, 1] -> (B, 192, 35, 35)
-        for name in MIXED:
+        x = 2 * inception_resize(x) - 1  # (B, 3, 299, 299) in [-1, 1]
+        for name in INCEPTION:
             x = self.get_submodule(name)(x)
         return x.mean(dim=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
 
@@ -220,11 +202,10 @@ def load_inception(source=None):
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
             published = hashlib.sha256(path.read_bytes()).hexdigest().startswith("6726825d")
         except Exception as error:
-            why = str(error).split("\n")[0]
             raise train.UsageError(f"FID needs the Inception weights {INCEPTION_URL}: put the file at {path}, name it "
                                    "with --inception FILE, or leave out rFID in recon and scale: --no-fid (loading "
-                                   f"failed with: {why})") from None
-        net.label = PUBLISHED if published else f"{path.name}, not the published weights"
+                                   f"failed with: {one_line(error)})") from None
+        net.label = "published weights" if published else f"{path.name}, not the published weights"
     return net.requires_grad_(False).eval()
 
 
@@ -253,7 +234,7 @@ class FeatureStatistics:
         """(dim, dim), divided by n - 1 as in numpy.cov. UsageError for a single image."""
         if self.n == 1:
             raise train.UsageError("FID needs at least 2 images that can be read, and there is 1")
-        return self.scatter / max(1, self.n - 1)
+        return self.scatter / (self.n - 1)
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -272,8 +253,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def fid(a, b):
-    """FID between two FeatureStatistics; UsageError for features that are not finite, or a single image."""
-    if not all(np.isfinite(s.mean).all() and np.isfinite(s.scatter).all() for s in (a, b)):
+    """FID between two sets' statistics; UsageError for features that are not finite, or a single image."""
+    if not all(np.isfinite(s.mean).all() and np.isfinite(s.covariance).all() for s in (a, b)):
         raise train.UsageError("some features are not finite, so there is no FID: check the images and the weights")
     if a.n and b.n and b.n < a.n:  # the factor of the smaller set is the narrower one
         a, b = b, a
@@ -342,7 +323,7 @@ def throughput(encoders, image, rounds):
 
     A value is measured over half a second, after one pass that does not count.
     """
-    synchronize = torch.cuda.synchronize if image.device.type == "cuda" else lambda: None
+    synchronize = getattr(torch, image.device.type).synchronize
     values = {name: [] for name in encoders}
     for _ in tqdm(range(rounds), "rounds", disable=None, leave=False):
         for name, encoder in encoders.items():
@@ -362,12 +343,8 @@ def throughput(encoders, image, rounds):
 # --help; the times in them were measured on two CPU cores.
 
 
-@torch.no_grad()
-def measure(vae, images, args, machine, lpips, inception):
+def measure(vae, images, args, machine, metrics, inception):
     """Table 1's metrics over `images`: a dict of numbers, and the first eight pairs (image, reconstruction)."""
-    metrics = {"psnr": train.psnr, "ssim": ssim}
-    if lpips:
-        metrics["lpips"] = lambda y, x: lpips(y.clamp(-1, 1), x)
     values = {name: [] for name in metrics}
     real, fake = FeatureStatistics(), FeatureStatistics()
     pairs, generator = [], torch.Generator().manual_seed(0)
@@ -394,12 +371,12 @@ def measure_all(args, paths, resolutions):
     machine = exact_machine(args.device)
     vaes = [load_vae(path, args, machine) for path in paths]
     resolutions = resolutions or [vaes[0][1]]  # that of training
-    lpips, inception, titles = load_metrics(args, machine, resolutions)
+    metrics, inception, titles = load_metrics(args, machine, resolutions)
     records = []
     for resolution in resolutions:
         images = Images(args.data, resolution, args.limit, args.resize)
         for path, (vae, _) in zip(paths, vaes):
-            numbers, pairs = measure(vae, images, args, machine, lpips, inception)
+            numbers, pairs = measure(vae, images, args, machine, metrics, inception)
             records.append({"vae": path, "resolution": resolution, **numbers})
     print(f"{numbers['n']} {images.name} at {', '.join(f'{r}x{r}' for r in resolutions)}")
     print_table([["", "resolution", *titles.values()],
@@ -425,7 +402,6 @@ def recon(args):
     return numbers
 
 
-@torch.no_grad()
 def fid_command(args):
     """FID between two sets of images (Table 7), each a folder or an .npz of saved statistics.
 
@@ -486,7 +462,6 @@ def scale(args):
     return {"results": records}
 
 
-@torch.no_grad()
 def mmd(args):
     """Squared MMD between latents and standard Gaussian vectors for several bandwidths (Table 6).
 
@@ -501,10 +476,8 @@ def mmd(args):
     factor = 1.0 if args.unscaled else vae.config.scaling_factor
     noise = torch.Generator().manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed + 1)
-    latents = []
-    for batch in images.batches(args.batch_size, machine):
-        latents.append(encode(vae, machine.images(batch), args.sample, noise).cpu().flatten(1) * factor)
-    latents = torch.cat(latents)  # (N, nz h w)
+    latents = torch.cat([encode(vae, machine.images(batch), args.sample, noise).cpu().flatten(1) * factor
+                         for batch in images.batches(args.batch_size, machine)])  # (N, nz h w)
     half, dim = len(latents) // 2, latents.shape[1]
     if half < 2 or args.repeats < 2:
         raise train.UsageError(f"mmd needs at least 4 images that can be read, and there are {len(latents)}, and at "
@@ -524,7 +497,6 @@ def mmd(args):
             "resolution": images.resolution}
 
 
-@torch.no_grad()
 def cost(args):
     """Parameters, multiply-accumulates, peak memory and throughput of the encoders (Table 3).
 
@@ -563,7 +535,6 @@ def cost(args):
     return {"encoders": results, "device": where, "batch_size": len(image), "resolution": resolution}
 
 
-@torch.no_grad()
 def latents(args):
     """Latents as pictures (Figs. 2 and 4), and the mean, std and largest value of each channel.
 
@@ -580,8 +551,7 @@ def latents(args):
     # Each channel from its 2nd to its 98th percentile; fewer than three channels: the first one in grey.
     channels = 3 if z.shape[1] >= 3 else 1
     some = flat[:channels, :10**6].float()  # quantile takes no more values
-    low = torch.quantile(some, 0.02, dim=1).view(-1, 1, 1)
-    high = torch.quantile(some, 0.98, dim=1).view(-1, 1, 1)
+    low, high = [torch.quantile(some, q, dim=1).view(-1, 1, 1) for q in (0.02, 0.98)]
     rgb = 2 * (z[:, :channels].float() - low) / (high - low).clamp_min(1e-8) - 1
     rgb = F.interpolate(rgb.expand(-1, 3, -1, -1), scale_factor=8, mode="nearest")  # (B, 3, R, R)
     out = picture(args, args.vae, "latents.png")
@@ -591,7 +561,6 @@ def latents(args):
             "resolution": x.shape[2]}
 
 
-@torch.no_grad()
 def features(args):
     """The decoder's last feature maps (Fig. 3), and how much stronger than the others the strongest is.
 
@@ -621,7 +590,6 @@ def features(args):
             "resolution": x.shape[2], "use_smc": vae.config.use_smc}
 
 
-@torch.no_grad()
 def classes(args):
     """Whether samples of sample_ldm.py's quick start show the class that was asked for, and whether any is a copy.
 
@@ -633,6 +601,8 @@ def classes(args):
     machine = exact_machine(args.device)
     images = Images(args.samples, args.resolution, args.limit)
     samples = torch.cat(list(images.batches(64, machine)))  # (N, 3, R, R)
+    if len(samples) < len(images):
+        raise train.UsageError("some samples cannot be read, so that it is not known which class each was to show")
     names = list(train.SHAPES)
     turn = [names.index(args.wanted)] if args.wanted else range(len(names))
     wanted = torch.tensor([turn[i % len(turn)] for i in range(len(samples))])
@@ -718,16 +688,23 @@ def results(args):
         [float(v) for v in run[f"{images}_psnrs"].split()] for run in runs if run["row"] == row])
     compared = {run["row"]: run for run in runs if run["baseline"] in seeds}
     table, numbers = [["row", "against", "seeds", "Kodak", "built-in", "paper", ""]], {}
-    # What a seed changes, in a run's mean: one variance for all rows, from rows of several seeds.
-    spread = {images: np.mean([of(row, images).mean(axis=1).var(ddof=1) for row in seeds if seeds[row] > 1])
+    # What a seed changes in a run's mean: the median of the rows' variances, or a row's own where that is larger. Two
+    # or three seeds alone would often agree by chance.
+    own = lambda row, images: of(row, images).mean(axis=1).var(ddof=1) if seeds[row] > 1 else 0.0  # noqa: E731
+    spread = {images: np.median([own(row, images) for row in seeds if seeds[row] > 1])
               for images in ("kodak", "builtin")}
     for row, run in compared.items():
-        paper = run["paper"] if run["paper"] in BY_FID else float(run["paper"])
+        try:
+            paper = run["paper"] if run["paper"] in BY_FID else float(run["paper"])
+        except ValueError:
+            raise train.UsageError(f"{args.csv}: the paper's difference for {row} must be a number of dB, better or "
+                                   f"worse, and is {run['paper']!r}") from None
         numbers[row] = {"baseline": run["baseline"], "seeds": seeds[row], "paper": paper}
         for images, variance in spread.items():
             a, b = of(row, images), of(run["baseline"], images)
             paired = a.mean(axis=0) - b.mean(axis=0)  # (images,)
-            error = (variance / len(a) + variance / len(b) + paired.var(ddof=1) / len(paired)) ** 0.5
+            of_seeds = [max(variance, own(name, images)) / seeds[name] for name in (row, run["baseline"])]
+            error = (sum(of_seeds) + paired.var(ddof=1) / len(paired)) ** 0.5
             numbers[row][images] = [paired.mean(), error]
         word = numbers[row]["verdict"] = verdict(*numbers[row]["kodak"], BY_FID.get(paper, paper))
         shown = ["{:+.2f} ± {:.2f}".format(*numbers[row][images]) for images in spread]
@@ -823,7 +800,7 @@ class Images:
         """(B, 3, H, W) on the CPU; prints the files that cannot be read. UsageError if none can."""
         if batch_size is None:
             # A CPU's cache holds the feature maps of about 256x256 pixels: encoders are faster on no more.
-            batch_size = max(1, 2**16 // self.resolution**2) if machine.device.type == "cpu" else 8
+            batch_size = min(32, max(1, 2**16 // self.resolution**2)) if machine.device.type == "cpu" else 8
         loader = DataLoader(self, batch_size, num_workers=machine.workers(None), collate_fn=list,
                             worker_init_fn=train.ignore_signals)
         unreadable = 0
@@ -907,12 +884,12 @@ def encode_pictures(args, built_in):
 
 
 def load_metrics(args, machine, resolutions):
-    """LPIPS and Inception, None where left out, and {metric: column title} of all metrics, as in Table 1."""
+    """{metric: function of reconstruction and image}, Inception or None, and {metric: title} in Table 1's order."""
     smallest = 16 if args.lpips_net == "none" else 32
     if min(resolutions) < smallest:
         raise train.UsageError(f"{'SSIM' if smallest == 16 else 'LPIPS'} needs resolutions of at least {smallest}, got "
                                f"{min(resolutions)}")
-    lpips, inception, titles = None, None, {}
+    metrics, inception, titles = {"psnr": train.psnr, "ssim": ssim}, None, {}
     if not args.no_fid:
         inception = load_inception(args.inception).to(machine.device, memory_format=machine.memory_format)
         titles["rfid"] = f"rFID ({inception.label})"
@@ -921,8 +898,9 @@ def load_metrics(args, machine, resolutions):
             lpips = LPIPS(args.lpips_net).to(machine.device, memory_format=machine.memory_format)
         except (ImportError, OSError) as error:
             raise train.UsageError(f"{error}; or leave LPIPS out: --lpips-net none") from None
+        metrics["lpips"] = lambda y, x: lpips(y.clamp(-1, 1), x)
         titles["lpips"] = f"LPIPS ({args.lpips_net})"
-    return lpips, inception, titles | {"psnr": "PSNR", "ssim": "SSIM"}
+    return metrics, inception, titles | {"psnr": "PSNR", "ssim": "SSIM"}
 
 
 def warn_about_fid(n):
@@ -932,20 +910,18 @@ def warn_about_fid(n):
 
 
 def load_statistics(path, label):
-    """FeatureStatistics of an .npz of --save-stats or pytorch-fid. UsageError if it is none, or of other weights."""
-    result = FeatureStatistics()
+    """n, mean, covariance of an .npz of --save-stats or pytorch-fid. UsageError if it is none, or of other weights."""
     try:
         with np.load(path) as file:
-            result.mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-            result.n = int(file["n"]) if "n" in file else 0  # pytorch-fid does not save it
+            mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+            n = int(file["n"]) if "n" in file else 0  # pytorch-fid does not save it
             held = str(file["inception"]) if "inception" in file else label
     except Exception as error:
         raise train.UsageError(f"{path} cannot be read as saved statistics, an .npz with `mu` and `sigma` ({error})")
     if covariance.shape != (2048, 2048) or held != label:
-        raise train.UsageError(f"{path} holds {result.mean.size} features of {held}, and this run has 2048 of {label}: "
+        raise train.UsageError(f"{path} holds {mean.size} features of {held}, and this run has 2048 of {label}: "
                                "they cannot be compared")
-    result.scatter = covariance * max(1, result.n - 1)
-    return result
+    return argparse.Namespace(n=n, mean=mean, covariance=covariance)
 
 
 def print_table(rows):
@@ -960,96 +936,90 @@ def print_table(rows):
 
 def output_file(text):
     """An argparse type: a file in a folder that exists, which is found out before the work, not after it."""
-    if not Path(text).resolve().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).resolve().parent} to write it into")
+    if Path(text).is_dir() or not Path(text).resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text}")
     return text
 
 
+png_file = train.checked(output_file, lambda text: text.endswith(".png"), "a name that ends in .png")
+
+
 def build_parser():
-    count, multiple_of_8 = train.positive_int, train.multiple_of_8
-    group = lambda: argparse.ArgumentParser(add_help=False)  # noqa: E731  options that several commands share
-    general, vae, how, side, data = group(), group(), group(), group(), group()
-    metrics, inception, picture, resize = group(), group(), group(), group()
-    general.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-    general.add_argument("--json", metavar="FILE", type=output_file, help="write the numbers to FILE too (default: no)")
-    vae.add_argument("--vae", metavar="CKPT", default=str(train.TRAINED), help="checkpoint, or released Stable "
-                     "Diffusion VAE (default: the LiteVAE-S that comes with this repository)")
-    how.add_argument("--raw-weights", action="store_true", help="the raw weights (default: the EMA weights)")
-    how.add_argument("--sample", action="store_true", help="sample the latent (default: the posterior's mean)")
-    side.add_argument("--resolution", metavar="R", type=multiple_of_8,
-                      help="images become their centre square, resized to R x R pixels, a multiple of 8 (default: the "
-                           "resolution of training; of mmd and cost: 256)")
-    data.add_argument("--data", metavar="DIR", help="folder of images, searched recursively (default: built-in images)")
-    data.add_argument("--limit", metavar="N", type=count, help="the first N images (default: all, or 64 built-in ones)")
-    data.add_argument("--batch-size", metavar="B", type=count,
-                      help="images at a time (default: 8; on a CPU as many as make 256x256 pixels)")
-    metrics.add_argument("--lpips-net", choices=["vgg", "alex", "squeeze", "none"], default="vgg",
-                         help="LPIPS's network, or none (default: vgg, which the SD-VAE's published values fit)")
-    metrics.add_argument("--no-fid", action="store_true", help="leave rFID out (default: measure it)")
-    inception.add_argument("--inception", metavar="FILE",
-                           help="Inception weights, or the word random: random features, for trying things out "
-                                f"(default: {INCEPTION_FILE} in torch's hub cache, else downloaded)")
-    picture.add_argument("--out", metavar="FILE", type=output_file,
-                         help="the picture (default: beside checkpoint or samples, named after command and data)")
-
-    resize.add_argument("--resize", choices=["bicubic", "bilinear"], default="bicubic",
-                        help="bicubic with antialiasing, as in training; bilinear without, as in LDM's evaluation and "
-                             "so the paper's (default: bicubic)")
-
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands, parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
+    for run in (recon, fid_command, scale, mmd, classes, results, cost, latents, features):
+        name, about = run.__name__.removesuffix("_command"), run.__doc__.split("\n")[0]
+        parsers[name] = commands.add_parser(name, help=about, description=run.__doc__)
+        parsers[name].set_defaults(run=run)
 
-    def command(name, run, *parents):
-        about = run.__doc__.split("\n")[0]
-        p = commands.add_parser(name, parents=[*parents, general], help=about, description=run.__doc__)
-        p.set_defaults(run=run)
-        return p
+    def add(names, option, **how):
+        """An option of the commands `names`."""
+        for name in names.split():
+            parsers[name].add_argument(option, **how)
 
-    command("recon", recon, vae, how, side, data, resize, metrics, inception, picture)
-    p = command("fid", fid_command, resize, inception)
-    p.add_argument("a", metavar="A", help="folder of images, searched recursively, or .npz of statistics")
-    p.add_argument("b", metavar="B", nargs="?", help="what to compare it with; not needed with --save-stats")
-    p.add_argument("--save-stats", metavar="FILE.npz", type=output_file, help="save A's statistics (default: no)")
-    p.add_argument("--limit", metavar="N", type=count, help="only the first N images of a folder (default: all)")
-    p.add_argument("--batch-size", metavar="B", type=count, default=16, help="images at a time (default: 16)")
-    p.add_argument("--resolution", metavar="R", type=multiple_of_8, help="centre squares of R x R pixels, as in "
-                   "training (default: whole images, each squashed to 299x299)")
-    p = command("scale", scale, how, data, resize, metrics, inception, picture)
-    p.add_argument("--vae", metavar="CKPT", default=[str(train.TRAINED)], nargs="+", help="one or several checkpoints "
-                   "(default: the LiteVAE-S that comes with this repository)")
-    p.add_argument("--resolutions", metavar="R", type=multiple_of_8, nargs="+", default=[32, 64, 128, 256, 512],
-                   help="sides of the square images in pixels (default: 32 64 128 256 512)")
-    p = command("mmd", mmd, vae, how, side, data)
-    p.add_argument("--bandwidths", metavar="SIGMA", type=train.positive, nargs="+", default=[25, 50, 100, 250, 500],
-                   help="of the kernels (default: 25 50 100 250 500)")
-    p.add_argument("--repeats", metavar="N", type=count, default=10, help="at least 2 (default: 10)")
-    p.add_argument("--seed", metavar="S", type=train.natural, default=0, help="of all random choices (default: 0)")
-    p.add_argument("--unscaled", action="store_true", help="latents as encoded (default: times scaling_factor)")
-    p = command("classes", classes, picture)
-    p.add_argument("samples", metavar="DIR", help="folder of samples, DIR/images of `sample_ldm.py sample`")
-    p.add_argument("--class", dest="wanted", choices=list(train.SHAPES), help="what all of them were to show (default: "
-                   "the classes in turn)")
-    p.add_argument("--resolution", metavar="R", type=multiple_of_8, default=64, help="of the samples (default: 64)")
-    p.add_argument("--limit", metavar="N", type=count, help="only the first N (default: all)")
-    p.add_argument("--seed", metavar="S", type=train.seed, default=0, help="that of the training run (default: 0)")
-    p.add_argument("--train-images", metavar="N", type=count, default=4096, help="images it saw (default: 4096)")
-    p = command("results", results, picture)
-    p.add_argument("csv", metavar="CSV", nargs="?", default=str(train.TRAINED.with_name("results.csv")),
-                   help="the runs (default: those of this repository)")
-    p = command("cost", cost, side)
-    p.add_argument("--batch-size", metavar="B", type=count, help="images at a time (default: 32 on a GPU, else 2)")
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="number format (default: fp32)")
-    p.add_argument("--compile", action="store_true", help="torch.compile each encoder, minutes (default: no)")
-    p.add_argument("--rounds", metavar="N", type=count, default=9, help="measurements of each encoder (default: 9)")
-    p = command("latents", latents, vae, how, side, picture)
-    p.add_argument("images", metavar="IMAGE", nargs="*", help="image files (default: 8 built-in images)")
-    p = command("features", features, vae, how, side, picture)
-    p.add_argument("images", metavar="IMAGE", nargs="*", help="image files (default: 2 built-in images)")
-    p.add_argument("--maps", metavar="N", type=count, default=7, help="maps to show (default: 7)")
+    shipped = str(train.TRAINED)
+    count, side = {"metavar": "N", "type": train.positive_int}, {"metavar": "R", "type": train.multiple_of_8}
+    file, switch = {"metavar": "FILE", "type": output_file}, {"action": "store_true"}
+
+    add("recon mmd latents features", "--vae", metavar="CKPT", default=shipped, help="checkpoint, or released Stable "
+        "Diffusion VAE (default: the LiteVAE-S that comes with this repository)")
+    add("recon scale mmd latents features", "--raw-weights", **switch, help="raw weights (default: the EMA weights)")
+    add("recon scale mmd latents features", "--sample", **switch, help="sample the latent (default: posterior mean)")
+    add("recon mmd cost latents features", "--resolution", **side, help="images become their centre square, resized to "
+        "R x R pixels, a multiple of 8 (default: the resolution of training; of mmd and cost: 256)")
+    add("recon scale mmd", "--data", metavar="DIR", help="folder of images, searched recursively (default: built-in "
+        "images)")
+    add("recon fid scale mmd classes", "--limit", **count, help="only the first N images (default: all, or 64 built-in "
+        "ones)")
+    add("recon scale mmd", "--batch-size", **count, help="images at a time (default: 8; on a CPU as many as make "
+        "256x256 pixels)")
+    add("recon fid scale", "--resize", choices=["bicubic", "bilinear"], default="bicubic", help="bicubic with "
+        "antialiasing, as in training; bilinear without, as in LDM's evaluation and so the paper's (default: bicubic)")
+    add("recon scale", "--lpips-net", choices=["vgg", "alex", "squeeze", "none"], default="vgg", help="LPIPS's "
+        "network, or none (default: vgg, which the SD-VAE's published values fit)")
+    add("recon scale", "--no-fid", **switch, help="leave rFID out (default: measure it)")
+    add("recon fid scale", "--inception", metavar="FILE", help="Inception weights, or the word random: random "
+        f"features, for trying things out (default: {INCEPTION_FILE} in torch's hub cache, else downloaded)")
+    add("recon scale latents features classes results", "--out", metavar="FILE.png", type=png_file, help="the picture "
+        "(default: beside checkpoint or samples, named after command and data)")
+    add(" ".join(parsers), "--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    add(" ".join(parsers), "--json", **file, help="write the numbers to FILE too (default: no)")
+
+    add("fid", "a", metavar="A", help="folder of images, searched recursively, or .npz of statistics")
+    add("fid", "b", metavar="B", nargs="?", help="what to compare it with; not needed with --save-stats")
+    add("fid", "--save-stats", metavar="FILE.npz", type=output_file, help="save A's statistics (default: no)")
+    add("fid", "--batch-size", **count, default=16, help="images at a time (default: 16)")
+    add("fid", "--resolution", **side, help="centre squares of R x R pixels, as in training (default: whole images, "
+        "each squashed to 299x299)")
+    add("scale", "--vae", metavar="CKPT", default=[shipped], nargs="+", help="one or several checkpoints (default: the "
+        "LiteVAE-S that comes with this repository)")
+    add("scale", "--resolutions", **side, nargs="+", default=[32, 64, 128, 256, 512], help="sides of the square "
+        "images in pixels (default: 32 64 128 256 512)")
+    add("mmd", "--bandwidths", metavar="SIGMA", type=train.positive, nargs="+", default=[25, 50, 100, 250, 500],
+        help="of the kernels (default: 25 50 100 250 500)")
+    add("mmd", "--repeats", **count, default=10, help="at least 2 (default: 10)")
+    add("mmd", "--seed", metavar="S", type=train.natural, default=0, help="of all random choices (default: 0)")
+    add("mmd", "--unscaled", **switch, help="latents as encoded (default: times scaling_factor)")
+    add("classes", "samples", metavar="DIR", help="folder of samples, DIR/images of `sample_ldm.py sample`")
+    add("classes", "--class", dest="wanted", choices=list(train.SHAPES), help="what all of them were to show (default: "
+        "the classes in turn)")
+    add("classes", "--resolution", **side, default=64, help="of the samples (default: 64)")
+    add("classes", "--seed", metavar="S", type=train.seed, default=0, help="that of the training run (default: 0)")
+    add("classes", "--train-images", **count, default=4096, help="images it saw (default: 4096)")
+    add("results", "csv", metavar="CSV", nargs="?", default=str(train.TRAINED.with_name("results.csv")),
+        help="the runs (default: those of this repository)")
+    add("cost", "--batch-size", **count, help="images at a time (default: 32 on a GPU, else 2)")
+    add("cost", "--precision", choices=["fp32", "bf16"], default="fp32", help="number format (default: fp32)")
+    add("cost", "--compile", **switch, help="torch.compile each encoder, minutes (default: no)")
+    add("cost", "--rounds", **count, default=9, help="measurements of each encoder (default: 9)")
+    add("latents", "images", metavar="IMAGE", nargs="*", help="image files (default: 8 built-in images)")
+    add("features", "images", metavar="IMAGE", nargs="*", help="image files (default: 2 built-in images)")
+    add("features", "--maps", **count, default=7, help="maps to show (default: 7)")
     return parser
 
 
 def main(argv=None):
+    @torch.no_grad()
     def work():
         args = build_parser().parse_args(argv)
         numbers = {**vars(args), **args.run(args)}

@@ -33,6 +33,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -141,16 +142,6 @@ class SMC(nn.Conv2d):
         if self.bias is not None:
             conv.bias.copy_(self.bias)
         return conv
-
-
-def fuse_smc(module):
-    """Replace every SMC inside `module` by the equivalent nn.Conv2d, in place; returns `module`."""
-    for name, child in module.named_children():
-        if isinstance(child, SMC):
-            setattr(module, name, child.fuse())
-        else:
-            fuse_smc(child)
-    return module
 
 
 def autocast_off(x):
@@ -410,10 +401,8 @@ class SDVAEDecoder(nn.Module):
         width = channels * ch_mult[-1]
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
 
-        self.mid = nn.Module()
-        self.mid.block_1 = block(width, width)
-        self.mid.attn_1 = SDAttnBlock(width, use_smc)
-        self.mid.block_2 = block(width, width)
+        self.mid = nn.Sequential(OrderedDict(
+            block_1=block(width, width), attn_1=SDAttnBlock(width, use_smc), block_2=block(width, width)))
 
         self.up = nn.ModuleList()  # up[0]: full resolution, up[-1]: the latent's; built in reverse
         for level in reversed(range(len(ch_mult))):
@@ -423,8 +412,7 @@ class SDVAEDecoder(nn.Module):
                 stage.block.append(block(width, channels * ch_mult[level]))
                 width = channels * ch_mult[level]
             if level > 0:
-                stage.upsample = nn.Module()
-                stage.upsample.conv = nn.Conv2d(width, width, 3, padding=1)
+                stage.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
             self.up.insert(0, stage)
 
         self.norm_out = nn.Identity() if use_smc else sd_norm(width)
@@ -432,7 +420,7 @@ class SDVAEDecoder(nn.Module):
 
     def forward(self, z):
         x = self.conv_in(z)  # (B, channels * ch_mult[-1], h, w)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        x = self.mid(x)
         for level in reversed(range(len(self.up))):
             for block in self.up[level].block:
                 x = block(x)  # (B, channels * ch_mult[level], H_level, W_level)
@@ -573,21 +561,20 @@ class Autoencoder(nn.Module):
         """
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
-        weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["model"]
-        config = checkpoint["config"]
+        weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint.get("model")
+        config = checkpoint.get("config")
         return load_weights(lambda: MODELS[config.get("model", "litevae")](**config), weights).to(device).eval()
 
     def fuse(self):
         """Fold every SMC into a plain convolution, in place, for inference; returns self. Same output."""
-        return fuse_smc(self)
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, SMC):
+                    setattr(module, name, child.fuse())
+        return self
 
-    @property
-    def dtype(self):
-        return self.decoder.conv_in.weight.dtype
-
-    @property
-    def device(self):
-        return self.decoder.conv_in.weight.device
+    dtype = property(lambda self: self.decoder.conv_in.weight.dtype)
+    device = property(lambda self: self.decoder.conv_in.weight.device)
 
 
 class LiteVAE(Autoencoder):
@@ -620,10 +607,7 @@ class LiteVAE(Autoencoder):
         # Photographs' wavelets are small: with this gain the means start with a std of about 1/2.
         initialise_posterior(self.pre_conv if use_1x1_conv else encoder.feature_aggregator.out_layer, gain=4.0)
 
-    @property
-    def name(self):
-        """Its printed name: LiteVAE-B."""
-        return f"LiteVAE-{self.config.size}"
+    name = property(lambda self: f"LiteVAE-{self.config.size}")  # as printed: LiteVAE-B
 
 
 def check_image(image):
@@ -762,13 +746,10 @@ class LPIPS(nn.Module):
         # Differs: lpips divides features by sqrt(sum f^2) + eps, whose gradient is NaN where all features of
         # a position are 0, as may happen on flat images. Here eps is under the root.
         unit = lambda f: f * (f.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt()  # noqa: E731
+        features = lambda x: self.net.net(self.net.scaling_layer(at_least_float32(x)))  # noqa: E731  (B, C_l, H_l, W_l)
         with autocast_off(x):
-            features_hat = self.net.net(self.net.scaling_layer(at_least_float32(x_hat)))
-            features = self.net.net(self.net.scaling_layer(at_least_float32(x)))
-            distance = 0.0
-            for f_hat, f, lin in zip(features_hat, features, self.net.lins):  # (B, C_l, H_l, W_l); VGG: five layers
-                distance = distance + lin((unit(f_hat) - unit(f)).square()).mean(dim=(1, 2, 3))  # (B,)
-            return distance
+            return sum(lin((unit(f_hat) - unit(f)).square()).mean(dim=(1, 2, 3))  # (B,)
+                       for f_hat, f, lin in zip(features(x_hat), features(x), self.net.lins))  # VGG: five layers
 
 
 def load_features(modules, file):
@@ -776,16 +757,13 @@ def load_features(modules, file):
 
     The file is looked for in torch's hub cache, else downloaded. FileNotFoundError, with its name, if both fail.
     """
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
     url = f"https://download.pytorch.org/models/{file}"
     try:
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, hash_prefix=file.split("-")[-1].removesuffix(".pth"))
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
         for module in modules:
             module.load_state_dict({name: tensors[f"features.{name}"] for name in module.state_dict()})
     except Exception as error:
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
         raise FileNotFoundError(f"the perceptual loss needs the weights {url}: put the file at {path} "
                                 f"(loading it failed: {one_line(error)})") from None
 
@@ -1021,10 +999,8 @@ if __name__ == "__main__":
 # ======================================================================================================
 # Each is a flag of train.py and trains; the README has a row for each table, with the commands.
 
-import functools  # noqa: E402  Part I needs none of these
-import json       # noqa: E402
-import math       # noqa: E402
-import re         # noqa: E402
+import json  # noqa: E402  Part I needs neither
+import math  # noqa: E402
 
 
 # --- 9  Baselines (Tables 2, 3, 11 to 13) -------------------------------------------------------------
@@ -1048,14 +1024,11 @@ class SDVAEEncoder(nn.Module):
                 stage.block.append(SDResnetBlock(width, channels * mult))
                 width = channels * mult
             if level < len(ch_mult) - 1:
-                stage.downsample = nn.Module()
-                stage.downsample.conv = nn.Conv2d(width, width, 3, stride=2)
+                stage.downsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
             self.down.append(stage)
 
-        self.mid = nn.Module()
-        self.mid.block_1 = SDResnetBlock(width, width)
-        self.mid.attn_1 = SDAttnBlock(width)
-        self.mid.block_2 = SDResnetBlock(width, width)
+        self.mid = nn.Sequential(OrderedDict(
+            block_1=SDResnetBlock(width, width), attn_1=SDAttnBlock(width), block_2=SDResnetBlock(width, width)))
 
         self.norm_out = sd_norm(width)
         self.conv_out = nn.Conv2d(width, 2 * latent_dim, 3, padding=1)
@@ -1067,7 +1040,7 @@ class SDVAEEncoder(nn.Module):
                 x = block(x)  # (B, channels * ch_mult[level], H_level, W_level)
             if level < len(self.down) - 1:
                 x = stage.downsample.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        x = self.mid(x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 latent_dim, h, w)
 
 
@@ -1106,22 +1079,15 @@ class SDVAE(Autoencoder):
     name = property(lambda self: {"sd-vae": "SD-VAE", "vae-small": "VAE-Small"}[self.config.model])
 
 
-# diffusers' names for parts of its AutoencoderKL -> the released checkpoints'. Of two in brackets the second is older.
+# diffusers' names for parts of its AutoencoderKL -> the released checkpoints'. The last four are of older files.
 DIFFUSERS_NAMES = {
-    r"mid_block\.resnets\.0": "mid.block_1",
-    r"mid_block\.resnets\.1": "mid.block_2",
-    r"mid_block\.attentions\.0": "mid.attn_1",
-    r"(attn_1)\.group_norm": r"\1.norm",
-    r"(attn_1)\.(to_out\.0|proj_attn)": r"\1.proj_out",
-    r"(attn_1)\.(to_q|query)\.": r"\1.q.",
-    r"(attn_1)\.(to_k|key)\.": r"\1.k.",
-    r"(attn_1)\.(to_v|value)\.": r"\1.v.",
-    r"down_blocks": "down",
-    r"up_blocks\.(\d)": lambda found: f"up.{3 - int(found[1])}",  # counted from the other end
-    r"resnets": "block",
-    r"samplers\.0": "sample",
-    r"conv_shortcut": "nin_shortcut",
-    r"conv_norm_out": "norm_out",
+    "mid_block.resnets.0.": "mid.block_1.", "mid_block.resnets.1.": "mid.block_2.", "resnets.": "block.",
+    "mid_block.attentions.0.": "mid.attn_1.", "group_norm.": "norm.",
+    "down_blocks.": "down.", "downsamplers.0.": "downsample.", "upsamplers.0.": "upsample.",
+    "up_blocks.0.": "up.3.", "up_blocks.1.": "up.2.", "up_blocks.2.": "up.1.", "up_blocks.3.": "up.0.",
+    "conv_shortcut.": "nin_shortcut.", "conv_norm_out.": "norm_out.",
+    "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "proj_out.",
+    "query.": "q.", "key.": "k.", "value.": "v.", "proj_attn.": "proj_out.",
 }
 
 
@@ -1131,18 +1097,15 @@ def released_sd_vae(path):
     CompVis's names, bare or behind "first_stage_model." in a whole diffusion model, or diffusers'; written by torch
     or as safetensors, in any precision. (SDXL's has the same layout: for that set `config.scaling_factor` to 0.13025.)
     """
-    tensors = read_tensors(path)
-    prefix = "first_stage_model." if any(name.startswith("first_stage_model.") for name in tensors) else ""
     state = {}
-    for name, tensor in tensors.items():
-        # CompVis's files also hold a discriminator, LPIPS and EMA weights.
-        if not name.startswith(prefix) or name.startswith(("loss.", "model_ema.")):
-            continue
-        name = name.removeprefix(prefix)
-        for theirs, ours in DIFFUSERS_NAMES.items():
-            name = re.sub(theirs, ours, name)
-        linear = ".attn_1." in name and tensor.ndim == 2  # a 1x1 convolution here
-        state[name] = tensor[:, :, None, None] if linear else tensor
+    for name, tensor in read_tensors(path).items():
+        name = name.removeprefix("first_stage_model.")
+        # CompVis's files also hold a discriminator, LPIPS, EMA weights or a whole diffusion model.
+        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+            for theirs, ours in DIFFUSERS_NAMES.items():
+                name = name.replace(theirs, ours)
+            linear = ".attn_1." in name and tensor.ndim == 2  # a 1x1 convolution here
+            state[name] = tensor[:, :, None, None] if linear else tensor
     if not {"encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"} <= state.keys():
         return None
     # 0.18215 is what Stable Diffusion multiplies these latents by.
@@ -1161,9 +1124,8 @@ def read_tensors(path):
     """{name: tensor} of a file by torch, its "state_dict" if it has one, or of a .safetensors; {} if it is neither."""
     try:
         with open(path, "rb") as file:
-            start = file.read(9)
-        if start[8:] == b"{":
-            return read_safetensors(path)
+            if file.read(9)[8:] == b"{":
+                return read_safetensors(file)
         foreign = []
         if zipfile.is_zipfile(path):
             if zipfile.ZipFile(path).testzip() is not None:
@@ -1177,12 +1139,12 @@ def read_tensors(path):
         return {}
 
 
-def read_safetensors(path):
+def read_safetensors(file):
     """{name: tensor}: the file is the header's length in 8 bytes, a header in JSON, and the numbers."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        numbers = bytearray(file.read())
+    file.seek(0)
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    numbers = bytearray(file.read())
     return {name: torch.frombuffer(numbers[slice(*entry["data_offsets"])], dtype=dtypes[entry["dtype"]])
             .view(entry["shape"]) for name, entry in header.items() if entry.get("dtype") in dtypes}
 
@@ -1265,7 +1227,7 @@ class LiteVAEVariant(LiteVAE):
                  last_two_levels=False, resolution=None, **arguments):
         parts = dict(extractor=extractor, shared_extractor=shared_extractor, aggregator=aggregator,
                      last_two_levels=last_two_levels, resolution=resolution)
-        super().__init__(**arguments, build_encoder=functools.partial(build_variant_encoder, **parts))
+        super().__init__(**arguments, build_encoder=lambda size, nz: build_variant_encoder(size, nz, **parts))
         self.config.update(model=model, **parts)
 
     @property
@@ -1464,9 +1426,8 @@ class ESRGANPerceptual(nn.Module):
 
     def forward(self, x_hat, x):
         with autocast_off(x):
-            f_hat = self.features(((x_hat.float() + 1) / 2 - self.mean) / self.std)  # (B, 512, H/16, W/16)
-            f = self.features(((x.float() + 1) / 2 - self.mean) / self.std)
-            return (f_hat - f).abs().mean(dim=(1, 2, 3))
+            f_hat, f = [self.features(((image.float() + 1) / 2 - self.mean) / self.std) for image in (x_hat, x)]
+            return (f_hat - f).abs().mean(dim=(1, 2, 3))  # of (B, 512, H/16, W/16) features
 
 
 def ldl_loss(x_hat, x, x_ema):

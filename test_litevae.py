@@ -1453,7 +1453,7 @@ def test_folder_finds_all_images_and_survives_broken_ones(workers, folder, capfd
 
 
 def test_folder_positions_repeat_and_epochs_shuffle(folder):
-    files = [f for f in train.find_images(folder) if "broken" not in f and "empty" not in f]
+    files = readable(folder)
     a, b = train.ImageFolder(files, 16, seed=1), train.ImageFolder(files, 16, seed=1)
     assert torch.equal(a[20][0], b[20][0]) and torch.equal(a[3][0], b[3][0])
     wild = [train.ImageFolder(train.find_images(folder), 16, seed=1) for _ in range(2)]
@@ -1998,7 +1998,11 @@ REFUSED = [  # a command, and words of its one sentence
     ("eval.py recon --vae {vae} --no-fid", "--lpips-net none"),
     ("eval.py mmd --vae {vae} --data {tmp}/two --resolution 32", "at least 4"),
     ("eval.py scale --vae {vae} --resolutions 16", "at least 32"),
-    ("eval.py recon --vae {vae} --json {tmp}/none/r.json", "no folder"),
+    ("eval.py recon --vae {vae} --json {tmp}/none/r.json", "folder that exists"),
+    ("eval.py latents --vae {vae} --json {tmp}", "folder that exists"),
+    ("eval.py latents --vae {vae} --out {tmp}/picture", "ends in .png"),
+    ("eval.py latents --vae {tmp}/bare.pt", "describes no model"),
+    ("eval.py classes {tmp}/broken_and_one", "some samples cannot be read"),
     ("eval.py latents --vae {vae} {tmp}/none.png", "can be read"),
 ]
 
@@ -2007,14 +2011,15 @@ REFUSED = [  # a command, and words of its one sentence
 def wrong_files(tmp_path_factory, vae_file, ldm_file):
     """Files and folders that the commands above cannot use."""
     tmp, write = tmp_path_factory.mktemp("wrong"), litevae.write_checkpoint
-    for name, n in (("empty", 0), ("one", 1), ("two", 2), ("broken", 0), ("run", 0)):
+    for name, n in (("empty", 0), ("one", 1), ("two", 2), ("broken", 0), ("broken_and_one", 1), ("run", 0)):
         (tmp / name).mkdir()
         for i in range(n):
             Image.new("RGB", (20 + i, 30), (i, 9, 9)).save(tmp / name / f"{i}.png")
-    for name in ("broken/x.jpg", "text.pt"):
+    for name in ("broken/x.jpg", "broken_and_one/x.jpg", "text.pt"):
         (tmp / name).write_text("nothing of the kind")
     np.savez(tmp / "small.npz", mu=np.zeros(5), sigma=np.eye(5))
     ldm, vae = torch.load(ldm_file), load_checkpoint(vae_file)
+    write(tmp / "bare.pt", {"format": "litevae-1"})
     write(tmp / "unsized.pt", {k: v for k, v in ldm.items() if k != "resolution"})
     write(tmp / "other.pt", {**ldm, "config": {**ldm["config"], "channels": 64}})
     write(tmp / "ema.pt", {**ldm, "ema": {}})
@@ -2144,8 +2149,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
 def test_a_report_is_of_the_ema_weights_in_the_training_precision(tmp_path):
     assert run(train, *TINY[train], "--precision", "bf16", "--steps", 3, "--out", tmp_path / "a") == 0
     vae = LiteVAE.from_checkpoint(tmp_path / "a" / "checkpoint.pt")
-    unseen = train.DeadLeaves(16, 2**32 - 1)
-    x = torch.stack([unseen[i][0] for i in range(8)]) / 127.5 - 1
+    x = held_out_images()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         out = vae(x, sample=False)
     assert float(rows(tmp_path / "a")[-1]["psnr"]) == pytest.approx(train.psnr(out.sample, x).mean().item(), abs=2e-3)
@@ -2173,10 +2177,7 @@ def test_a_step_waits_for_the_device_at_most_once(tmp_path):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             self.count += function is torch.ops.aten._local_scalar_dense.default
             return function(*args, **(kwargs or {}))
-    args, _ = train.parse_args([*TINY[train], *GAN, "--disc-start", "0", "--steps", "9", "--out", str(tmp_path / "a")])
-    machine = train.Machine("cpu")
-    task, data, _ = train.prepare(args, machine, None)
-    batch = next(train.batches(data, 2, 0, machine, 0))
+    task, batch = prepared(*GAN, "--disc-start", 0, "--steps", 9, "--out", tmp_path / "a")
     with Reads() as reads:
         task.step(batch, 3, False)
     assert reads.count <= 1
@@ -3235,7 +3236,7 @@ def test_mmd_command_measures_scaled_latents_and_its_spread(vae_file, tmp_path, 
         assert of_a["mean"] == pytest.approx(b["mmd2"][sigma]["mean"], rel=1e-3, abs=1e-7) and of_a["std"] > 0
     assert run_mmd("--sample", "--unscaled")["mmd2"]["25"]["mean"] != a["mmd2"]["25"]["mean"]
     vae = LiteVAE.from_checkpoint(vae_file)  # one bandwidth, by hand: all 12 with the same six choices
-    images = torch.stack([train.DeadLeaves(32, 2**32 - 1)[i][0] for i in range(12)]) / 127.5 - 1
+    images = held_out_images(12, 32)
     noise, generator, values = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4), []
     with torch.no_grad():
         q = vae.encode(images).latent_dist
@@ -3339,15 +3340,12 @@ def test_numbers_that_are_not_finite_are_no_result(tmp_path, capsys):
 
 def test_fid_at_a_resolution_compares_centre_squares(folder, tmp_path, capsys):
     """Photographs of many shapes against files that hold their centre squares: the same images, so 0."""
-    for i, file in enumerate(f for f in train.find_images(folder) if Path(f).name not in ("broken.jpg", "empty.png")):
+    for i, file in enumerate(readable(folder)):
         (tmp_path / "squares").mkdir(exist_ok=True)
         Image.fromarray(train.load_image(file, 32)).save(tmp_path / "squares" / f"{i}.png")
-    how = ["--inception", "random", "--json", tmp_path / "r.json"]
-    values = {}
-    square = ["--resolution", 32]
+    values, square = {}, ["--resolution", 32]
     for name, options in {"whole": [], "squares": square, "bilinear": [*square, "--resize", "bilinear"]}.items():
-        assert run(evaluation, "fid", folder, tmp_path / "squares", *options, *how, "--device", "cpu") == 0
-        numbers = json.loads((tmp_path / "r.json").read_text())
+        numbers = measured(tmp_path, "fid", folder, tmp_path / "squares", *options, "--inception", "random")
         values[name] = numbers["fid"]
         assert ("from its own shape" in capsys.readouterr().out) == (name == "whole")
         assert numbers["resize"] == ("bilinear" if name == "bilinear" else "bicubic")
@@ -3473,7 +3471,8 @@ def test_results_are_paired_differences_with_standard_errors(tmp_path, capsys):
     path = results_file(tmp_path / "r.csv", [
         *(("base", "", "", v) for v in base), *(("better", "base", 0.5, v) for v in better),
         ("worse", "better", "better", [10, 20, 30]), ("same", "base", -0.1, [20.1, 30.1, 40.1]),
-        ("bad", "base", "worse", [10, 20, 30])])
+        ("bad", "base", "worse", [10, 20, 30]),
+        *(("wild", "base", 1, v) for v in ([22.0, 32.0, 42.0], [24.0, 34.0, 44.0]))])
     rows = measured(tmp_path, "results", path)["rows"]
     difference, error = rows["better"]["kodak"]
     paired = np.array([0.9, 1.1, 1.0])  # means over seeds, image by image
@@ -3481,12 +3480,16 @@ def test_results_are_paired_differences_with_standard_errors(tmp_path, capsys):
     assert error == pytest.approx((0.02 / 2 + 0.02 / 2 + paired.var(ddof=1) / 3) ** 0.5)
     assert rows["same"]["kodak"] == [pytest.approx(0, abs=1e-9), pytest.approx((0.02 / 1 + 0.02 / 2) ** 0.5)]
     assert {name: (row["verdict"], row["seeds"]) for name, row in rows.items()} == {
-        "better": ("agrees", 2), "worse": ("disagrees", 1), "same": ("within noise", 1), "bad": ("agrees", 1)}
+        "better": ("agrees", 2), "worse": ("disagrees", 1), "same": ("within noise", 1), "bad": ("agrees", 1),
+        "wild": ("agrees", 2)}
+    assert rows["wild"]["kodak"][1] == pytest.approx((2 / 2 + 0.02 / 2) ** 0.5)  # its own variance, 2, is larger
     assert "0.14 dB on Kodak" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "r.png")).astype(int)  # of "better", the second dot is right of 0
-    for runs in ([("base", "", "", [20])] * 2, [("base", "", "", [20]), ("better", "base", 1, [21])], []):
+    for runs, words in (([("base", "", "", [20])] * 2, "no table of runs"), ([], "no table of runs"),
+                        ([("base", "", "", [20]), ("better", "base", 1, [21])], "no table of runs"),
+                        ([("base", "", "", [20])] * 2 + [("better", "base", "", [21])], "for better must be")):
         assert run(evaluation, "results", results_file(tmp_path / "bad.csv", runs)) == 1
-        assert "no table of runs" in capsys.readouterr().err
+        assert words in capsys.readouterr().err
     blue = np.abs(picture - [int(train.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5)]).max(-1) < 8
     first = np.flatnonzero(blue[25:36].any(0))
     assert 150 + 620 / 2 < first.min() and first.max() < 770

@@ -883,9 +883,9 @@ class Machine:
         except (RuntimeError, AssertionError):
             raise UsageError(f"the device {device} cannot be used here: choose another with --device, or leave it out")
         cuda = self.device.type == "cuda"
+        if cuda and self.device.index is not None:
+            torch.cuda.set_device(self.device)
         if self.world > 1:
-            if cuda:
-                torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if cuda else "gloo")
         # bf16 has float32's range, so it needs no loss scaling; older GPUs and CPUs only emulate it, slowly.
         fast = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
