@@ -741,9 +741,11 @@ def plot_differences(path, rows, x_title):
     canvas = Image.new("RGB", (left + width + 20, bottom + 60 + 24 * len(labels)), "white")
     draw = ImageDraw.Draw(canvas)
     across = lambda value: left + width / 2 * (1 + value / reach)  # noqa: E731
-    for tick in np.linspace(-0.9 * reach, 0.9 * reach, 7):
-        draw.line([(across(tick), 10), (across(tick), bottom)], "#dddddd" if abs(tick) > 1e-9 else "black", 2)
-        draw.text((across(tick), bottom + 14), f"{tick:+.2f}", "black", font, anchor="mm")
+    apart = next((size for size in (0.1, 0.2, 0.5, 1, 2, 5) if reach < 5 * size), 10)
+    for tick in range(-int(reach / apart), int(reach / apart) + 1):
+        x = across(tick * apart)
+        draw.line([(x, 10), (x, bottom)], "#dddddd" if tick else "black", 2)
+        draw.text((x, bottom + 14), f"{tick * apart:+.2g}" if tick else "0", "black", font, anchor="mm")
     draw.text((left + width / 2, bottom + 38), x_title, "black", font, anchor="mm")
     y = 30
     for name, row in rows.items():
