@@ -667,7 +667,7 @@ def initialise_posterior(conv, gain):
 LOSS_WEIGHTS = {
     "l1": 1.0,          # sets the unit: mean absolute error per pixel value, as in LDM
     "perceptual": 1.0,  # LPIPS on equal terms with L1: LDM, taming-transformers
-    "wavelet": 1.0,     # its gradient at a pixel is then as large as L1's
+    "wavelet": 1.0,     # its gradient then has 0.6 of the norm of L1's
     "gaussian": 0.5,    # overlaps with the wavelet term, which already weighs the same frequencies
     "kl": 1e-6,         # LDM's value and normalisation: kl_loss
     "adv": 0.1,         # constant (Sec. 4.3, Table 8); what Real-ESRGAN uses with L1 and VGG losses of weight 1
