@@ -1448,8 +1448,9 @@ def test_folder_finds_all_images_and_survives_broken_ones(workers, folder, capfd
     assert images.shape == (8, 3, 32, 32) and images.dtype == torch.uint8
     [next(stream) for _ in range(2)]
     del stream  # ends its workers
-    named = capfd.readouterr().out.splitlines()  # each once
-    assert sorted(Path(line.split(" (")[0]).name for line in named) == ["broken.jpg", "empty.png"]
+    named = [Path(line.split(" (")[0]).name for line in capfd.readouterr().out.splitlines()]
+    assert set(named) == {"broken.jpg", "empty.png"}
+    assert len(named) <= 2 * max(1, workers)  # each once, or once in each of workers that meet it at the same time
 
 
 def test_folder_positions_repeat_and_epochs_shuffle(folder):

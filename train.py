@@ -677,7 +677,7 @@ class ImageFolder:
     def __init__(self, files, resolution, seed=0, augment=True, labels=None):
         self.files, self.resolution, self.seed, self.augment = files, resolution, seed, augment
         self.labels = labels or [0] * len(files)
-        self.broken = torch.zeros(len(files), dtype=torch.uint8).share_memory_()  # by all workers: each is printed once
+        self.broken = torch.zeros(len(files), dtype=torch.uint8).share_memory_()  # known to all workers
         self[0]  # at least one file must be readable
 
     def __len__(self):
