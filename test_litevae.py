@@ -2196,6 +2196,10 @@ def test_out_of_memory_and_optimiser_state_of_another_shape_are_one_sentence(tmp
     monkeypatch.setattr(train.AutoencoderTask, "step", mock.Mock(side_effect=full))
     assert run(train, *TINY[train], "--steps", 2, "--out", tmp_path / "b") == 1
     assert "--batch-size" in capsys.readouterr().err
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")  # no lack of memory: a traceback
+    monkeypatch.setattr(train.AutoencoderTask, "step", mock.Mock(side_effect=fault))
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(train, *TINY[train], "--steps", 2, "--out", tmp_path / "c")
 
 
 # --- train.py: what the paper compares with -----------------------------------------------------------
@@ -2554,11 +2558,12 @@ def test_latents_are_scaled_by_one_number_and_come_back(vae_file):
     assert torch.allclose(sample_ldm.decode(vae, mean), vae.decode(d.mean).sample, atol=1e-5)
 
 
-def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, vae_file):
+def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, vae_file, monkeypatch):
     machine, vae = train.Machine("cpu"), LiteVAE.from_checkpoint(vae_file)
     rng = np.random.default_rng(0)
     for i in range(5):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "4.png").rename(tmp_path / os.fsdecode(b"4\xff.png"))  # a name that is not UTF-8
     (tmp_path / "9.png").write_text("broken")
     images = train.ImageFolder(train.find_images(tmp_path), 16, augment=False, labels=[3, 1, 4, 1, 5, 9])
     path = tmp_path / "latents.pt"
@@ -2583,6 +2588,10 @@ def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, 
 
     before = path.stat().st_mtime_ns
     sample_ldm.cache_latents(path, images, vae, args, machine)  # taken up as it is
+    monkeypatch.chdir(tmp_path.parent)  # from another folder, too
+    here = argparse.Namespace(**vars(args) | {"data": tmp_path.name})
+    same_images = train.ImageFolder(train.find_images(here.data), 16, augment=False, labels=images.labels)
+    sample_ldm.cache_latents(path, same_images, vae, here, machine)
     assert path.stat().st_mtime_ns == before
     fewer = train.ImageFolder(images.files[:5] + images.files[:1], 16, augment=False)
     other = copy.deepcopy(vae)
@@ -2795,6 +2804,12 @@ def test_samples_are_never_overwritten_and_fid_reads_them(ldm_file, tmp_path, ca
     assert "choose another --out" in capsys.readouterr().err
     assert len(evaluation.Images(tmp_path / "samples" / "images", None)) == 3  # the grid is not among them
     assert near(pixels(tmp_path / "samples" / "images"), pixels(tmp_path / "samples-3" / "images"), most=0)
+
+
+def test_samples_that_are_not_finite_are_not_written(ldm_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample_ldm, "decode", lambda vae, x: torch.full((len(x), 3, 32, 32), math.inf))
+    assert run(sample_ldm, "sample", "--ldm", ldm_file, "-n", 2, "--steps", 2, "--out", tmp_path / "a") == 1
+    assert "not finite" in capsys.readouterr().err and pixels(tmp_path / "a" / "images") == []
 
 
 def test_interrupted_sampling_keeps_what_it_has(ldm_file, tmp_path, monkeypatch, capsys):
