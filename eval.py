@@ -360,7 +360,8 @@ def measure(vae, images, args, machine, metrics, inception):
                 # Rounded as 8-bit files are, so that `fid` on saved reconstructions gives the same number.
                 distribution.update(inception((train.to_pixels(image) * 255).round() / 255))
         pairs += zip(x[:8 - len(pairs)].cpu(), y.cpu())
-    numbers = {"n": len(values["psnr"]), **{name: float(np.mean(v)) for name, v in values.items()}}
+    numbers = {"n": len(values["psnr"]), **{name: float(np.mean(v)) for name, v in values.items()},
+               "psnrs": values["psnr"]}
     if inception:
         numbers |= {"rfid": fid(real, fake), "inception": inception.label}
     return numbers, pairs
@@ -451,7 +452,8 @@ def scale(args):
     out = picture(args, args.vae[0], f"scale-{data_name(args)}.png")
     table = out.with_suffix(".csv")
     with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["vae", "resolution", "n", "rfid", "lpips", "psnr", "ssim", "inception"])
+        writer = csv.DictWriter(file, ["vae", "resolution", "n", "rfid", "lpips", "psnr", "ssim", "inception"],
+                                extrasaction="ignore")
         writer.writeheader()
         writer.writerows(records)
     panels = {title + (", dB" if key == "psnr" else ""): {
@@ -673,8 +675,8 @@ def results(args):
     """What repeated runs say of the paper's claims: a table of differences in PSNR, and a plot of them.
 
     Reads a CSV with one line a run. Its columns: row and baseline, the names of what is compared; seed; kodak_psnrs and
-    builtin_psnrs, one PSNR an image; paper, the paper's difference in dB, or "better" or "worse" where it gives FID
-    alone. A second.
+    builtin_psnrs, one PSNR an image, the `psnrs` that recon writes with --json; paper, the paper's difference in dB,
+    or "better" or "worse" where it gives FID alone. A second.
     """
     needed = {"row", "baseline", "kodak_psnrs", "builtin_psnrs", "paper"}
     with open(args.csv, newline="") as file:

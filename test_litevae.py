@@ -1893,6 +1893,9 @@ def test_every_option_trains(script, options, tmp_path, tiny_ldm):
 
 REFUSED = [  # a command, and words of its one sentence
     ("train.py --resolution 20", "--resolution: must be a multiple of 8"),
+    *((f"train.py --{key}", f"does nothing with --{switch}") for key, switch in {
+        "weight-adv 1": "discriminator none", "disc-start 9": "discriminator none", "weight-perceptual 1":
+        "perceptual none", "size B --model dwt": "model dwt", "shared-extractor --model sd-vae": "model sd-vae"}.items()),
     ("train.py --discriminator unet --disc-start 50 --steps 50", "beyond the last"),
     ("train.py --resolution 8 --discriminator unet --disc-start 0", "at least 16"),
     ("train.py --discriminator patchgan --disc-start 1 --resolution 16", "at least 24"),
@@ -3060,6 +3063,7 @@ def test_recon_equals_the_metrics_image_by_image_whatever_the_batch_size(folder,
         assert result["n"] == 6 and "rfid" not in result and result["lpips_net"] == "vgg" and result["resolution"] == 32
         for name, values in expected.items():
             assert result[name] == pytest.approx(np.mean(values), rel=1e-4), name
+        assert result["psnrs"] == pytest.approx(expected["psnr"], rel=1e-4)
     picture = np.asarray(Image.open(tmp_path / "r.png")).astype(float)
     assert picture.shape == (3 * 130 - 2, 6 * 130 - 2, 3)
     x, y, difference = [picture[:128, 130 * i:130 * i + 128] for i in range(3)]

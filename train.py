@@ -96,6 +96,10 @@ DECODER = ("latent_dim", "decoder_channels", "output_type", "use_smc")
 PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "last_two_levels": False}
 MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
 
+# What an option switches off: --discriminator none, --perceptual none, every --model but litevae.
+SWITCHES = {"discriminator": ("disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight"),
+            "perceptual": ("weight_perceptual",), "model": ("size", "use_1x1_conv", *PARTS)}
+
 HELD_OUT = 64  # images at most
 TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to try; the README says how it was trained
 
@@ -262,6 +266,11 @@ def parse_args(argv=None):
                 raise UsageError(f"{options['init']} holds {held}, not one with {flag(key)} {typed[key]}: leave the "
                                  "option out, or train without --init")
             options[key] = config.get(key, options[key])
+    for switch, keys in SWITCHES.items():
+        off = options[switch] != "litevae" if switch == "model" else options[switch] == "none"
+        for key in keys:
+            if off and key in typed:
+                raise UsageError(f"{flag(key)} does nothing with {flag(switch)} {options[switch]}: leave it out")
     args = argparse.Namespace(**options)
     check(args)
     return args, checkpoint
