@@ -1741,7 +1741,7 @@ def test_many_steps_that_are_not_finite_stop_the_run_and_keep_the_good_checkpoin
 def prepared(*options):
     """The task that train.py makes of these options, and its first batch."""
     args, _ = train.parse_args([str(o) for o in (*TINY[train], *options)])
-    task, data, _ = train.prepare(args, train.Machine("cpu"), None)
+    task, data, _ = train.prepare(args, train.Machine("cpu", args.precision), None)
     return task, next(train.batches(data, args.batch_size, 0, task.machine, 0))
 
 
@@ -2562,7 +2562,7 @@ def test_latents_are_scaled_by_one_number_and_come_back(vae_file):
 
 
 def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, vae_file, monkeypatch):
-    machine, vae = train.Machine("cpu"), LiteVAE.from_checkpoint(vae_file)
+    machine, vae = train.Machine("cpu", "fp32"), LiteVAE.from_checkpoint(vae_file)
     rng = np.random.default_rng(0)
     for i in range(5):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -2749,7 +2749,8 @@ def ldm_file(tmp_path_factory, vae_file):
 
 
 def draw_samples(ldm_file, out, *options):
-    assert run(sample_ldm, "sample", "--ldm", ldm_file, "--out", out, "--device", "cpu", "--steps", 3, *options) == 0
+    fixed = ["--ldm", ldm_file, "--out", out, "--device", "cpu", "--precision", "fp32", "--steps", 3]
+    assert run(sample_ldm, "sample", *fixed, *options) == 0
     return pixels(out / "images")
 
 
@@ -3092,7 +3093,8 @@ def test_rfid_equals_the_fid_of_files_that_hold_the_reconstructions(
                        "--batch-size", 5, *how)
     saved = measured(tmp_path, "fid", tmp_path / "y", tmp_path / "x.npz", *how)
     assert folders["n"] == saved["n"] == rfid["n"] == 6 and folders["fid"] > 0.1
-    assert rfid["rfid"] == pytest.approx(folders["fid"], rel=1e-5)
+    # A pixel half way between two grey levels may round either way, 1.4e-5; images that are not rounded differ by 1.6e-4.
+    assert rfid["rfid"] == pytest.approx(folders["fid"], rel=5e-5)
     assert saved["fid"] == pytest.approx(folders["fid"], rel=1e-6)
     assert all("not the published" in r["inception"] for r in (rfid, folders, saved))
     assert seen == [str(inception_file)] * 3
@@ -3436,18 +3438,29 @@ def test_the_results_commands_are_what_their_rows_claim():
     """Rows differ from their baselines in the options that the row is about, and in seed and folder alone."""
     about = {"smc": {"use_smc"}, "gaussian": {"weight_gaussian"}, "wavelet": {"weight_wavelet"},
              "conv1x1": {"use_1x1_conv"}, "shared": {"shared_extractor"}, "two-levels": {"last_two_levels"},
-             "dwt": {"model"}, "ldl": {"weight_ldl"}}
+             "dwt": {"model"}, "ldl": {"weight_ldl"}, "nafnet": {"extractor"}, "size-b": {"size"},
+             "vae-small": {"model", "size"}, "adaptive": {"adaptive_weight"}, "logistic": {"adv_loss"},
+             "patchgan": {"discriminator"}, "at-96": {"resolution", "steps", "lr_warmup"},
+             "48-then-96": {"steps", "lr_warmup"}}
     runs = rows(RESULTS.parent, RESULTS.name)
-    parse = lambda run: vars(train.parse_args(run["command"].split()[2:])[0])  # noqa: E731
-    base = {run["row"]: parse(run) for run in runs}
+
+    def parse(run):
+        """The options of each stage: `--init` leads from one to the next."""
+        stages = run["command"].split(" && ")
+        for before, after in zip(stages, stages[1:]):
+            assert f"--init {before.split()[-1]}/checkpoint.pt" in after
+        return [vars(train.parse_args(re.sub(r" --init \S+", "", stage).split()[2:])[0]) for stage in stages]
+    last = {run["row"]: parse(run)[-1] for run in runs}
     assert len({(run["row"], run["seed"]) for run in runs}) == len(runs)
     for run in runs:
-        args = parse(run)
-        assert run["command"].startswith("python train.py ") and args["seed"] == int(run["seed"])
-        assert args["steps"] == int(run["steps"]) and len(run["kodak_psnrs"].split()) == 24
+        stages = parse(run)
+        assert run["command"].startswith("python train.py ") and stages[-1]["seed"] == int(run["seed"])
+        # What is automatic is float32 on a CPU without bf16, and would be bf16 on others.
+        assert all(args["precision"] == "fp32" or run["hardware"] == "AMD EPYC, one core" for args in stages)
+        assert sum(args["steps"] for args in stages) == int(run["steps"]) and len(run["kodak_psnrs"].split()) == 24
         for images in ("kodak", "builtin"):
             values = [float(v) for v in run[f"{images}_psnrs"].split()]
             assert float(run[f"{images}_psnr"]) == pytest.approx(np.mean(values), abs=0.005)
         if run["baseline"]:
-            changed = {k for k, v in args.items() if v != base[run["baseline"]][k]} - {"seed", "out"}
-            assert changed == about[run["row"]], run["row"]
+            changed = {k for k, v in stages[-1].items() if v != last[run["baseline"]][k]}
+            assert changed - {"seed", "out", "precision"} == about[run["row"]], run["row"]
