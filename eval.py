@@ -1009,7 +1009,7 @@ def build_parser():
         "the classes in turn)")
     add("classes", "--resolution", **side, default=64, help="of the samples (default: 64)")
     add("classes", "--seed", metavar="S", type=train.seed, default=0, help="that of the training run (default: 0)")
-    add("classes", "--train-images", **count, default=4096, help="images it saw (default: 4096)")
+    add("classes", "--train-images", **count, default=2048, help="images it saw (default: 2048)")
     add("results", "csv", metavar="CSV", nargs="?", default=str(train.TRAINED.with_name("results.csv")),
         help="the runs (default: those of this repository)")
     add("cost", "--batch-size", **count, help="images at a time (default: 32 on a GPU, else 2)")

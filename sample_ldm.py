@@ -478,7 +478,7 @@ def decode(vae, x):
     return vae.decode(x / vae.config.scaling_factor).sample.float()
 
 
-BUILT_IN_CACHE = 4096  # how many of the endless built-in images --cache-latents takes
+BUILT_IN_CACHE = 2048  # how many of the endless built-in images --cache-latents takes
 
 
 class CachedLatents:
@@ -675,11 +675,11 @@ COMMON = dict(
     data=None, val=None, vae=str(train.TRAINED), resume=False, seed=0, workers=None, device=None, precision="auto",
     compile=False, clip=1.0, resolution=None, class_dropout=0.1)
 
-# What `sample_ldm.py train` runs: minutes on two slow CPU cores, of which two go into encoding the images. Batches of
+# What `sample_ldm.py train` runs: minutes on two slow CPU cores, one of which goes into encoding the images. Batches of
 # many images matter: several noises for each of a few images teach far less. Noise levels are EDM's: its ln sigma has
 # mean -1.2 at sigma_data = 0.5, that is -0.5 at 1.
 QUICK_START = dict(
-    COMMON, model="quick", class_cond=True, cache_latents=True, steps=3500, batch_size=64, noise_mean=-0.5,
+    COMMON, model="quick", class_cond=True, cache_latents=True, steps=2000, batch_size=64, noise_mean=-0.5,
     noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
 
 # What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for

@@ -2050,7 +2050,7 @@ RECIPES = [
         steps=2980, lr=2.5e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, clip=1, ema=0.99, perceptual="none",
         discriminator="none", weight_l1=1, weight_kl=1e-4, weight_wavelet=0.1, weight_gaussian=0, seed=0)),
     (sample_ldm, "QUICK_START", dict(
-        model="quick", steps=3500, batch_size=64, noise_mean=-0.5, noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99,
+        model="quick", steps=2000, batch_size=64, noise_mean=-0.5, noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99,
         lr_warmup=100, lr_decay=0.5, clip=1, ema=0.998, class_dropout=0.1, class_cond=True, cache_latents=True,
         seed=0)),
     (sample_ldm, "DATA", dict(
