@@ -736,7 +736,7 @@ def verdict(difference, error, paper):
 
 def plot_differences(path, rows, x_title):
     """Write a PNG of rows of dots with bars around 0: {row: {label: (value, standard error)}}."""
-    font, left, width, step = ImageFont.load_default(16), 150, 620, 24
+    font, left, width, step = ImageFont.load_default(16), 150, 620, 14
     labels = list(dict.fromkeys(label for row in rows.values() for label in row))
     reach = 1.1 * max(abs(value) + 2 * error for row in rows.values() for value, error in row.values())
     bottom = 20 + sum(step * len(row) + 12 for row in rows.values())
