@@ -3438,10 +3438,9 @@ def test_the_results_commands_are_what_their_rows_claim():
     """Rows differ from their baselines in the options that the row is about, and in seed and folder alone."""
     about = {"smc": {"use_smc"}, "gaussian": {"weight_gaussian"}, "wavelet": {"weight_wavelet"},
              "conv1x1": {"use_1x1_conv"}, "shared": {"shared_extractor"}, "two-levels": {"last_two_levels"},
-             "dwt": {"model"}, "ldl": {"weight_ldl"}, "nafnet": {"extractor"}, "size-b": {"size"},
-             "vae-small": {"model", "size"}, "adaptive": {"adaptive_weight"}, "logistic": {"adv_loss"},
-             "patchgan": {"discriminator"}, "at-96": {"resolution", "steps", "lr_warmup"},
-             "48-then-96": {"steps", "lr_warmup"}}
+             "dwt": {"model"}, "ldl": {"weight_ldl"}, "dwt-2": {"model", "latent_dim"},
+             "nafnet": {"extractor"}, "size-b": {"size"}, "adaptive": {"adaptive_weight"}, "logistic": {"adv_loss"},
+             "at-96": {"resolution", "steps", "lr_warmup"}, "48-then-96": {"steps", "lr_warmup"}}
     runs = rows(RESULTS.parent, RESULTS.name)
 
     def parse(run):
