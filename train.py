@@ -97,8 +97,8 @@ PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "
 MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
 
 # What an option switches off: --discriminator none, --perceptual none, every --model but litevae.
-SWITCHES = {"discriminator": ("disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight"),
-            "perceptual": ("weight_perceptual",), "model": ("size", "use_1x1_conv", *PARTS)}
+SWITCHES = {"model": ("size", "use_1x1_conv", *PARTS), "perceptual": ("weight_perceptual",), "discriminator": (
+    "disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight")}
 
 HELD_OUT = 64  # images at most
 TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to try; the README says how it was trained
