@@ -502,7 +502,7 @@ def mmd(args):
 def cost(args):
     """Parameters, multiply-accumulates, peak memory and throughput of the encoders (Table 3).
 
-    The four sizes of LiteVAE and Stable Diffusion's, with nz 4 and random weights, measured in turn within one run,
+    The sizes of LiteVAE and Stable Diffusion's, with nz 4 and random weights, measured in turn within one run,
     and the ratios. Needs nothing. Three minutes.
     """
     machine = exact_machine(args.device, args.precision)

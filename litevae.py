@@ -26,7 +26,7 @@ B images, C channels, H x W pixels, h x w = H/8 x W/8 latent positions, nz laten
 Comments have tags:  # Paper:  the source of a line;  # Differs:  from the pseudocode or a cited work,
 and why;  # Unspecified:  the paper is silent, the choice, and why.
 
-    python litevae.py        prints the four sizes with their parameter counts
+    python litevae.py        prints the sizes with their parameter counts
 """
 
 import os
@@ -580,7 +580,7 @@ class Autoencoder(nn.Module):
 class LiteVAE(Autoencoder):
     """LiteVAE (App. G): wavelet encoder, Gaussian latent, Stable Diffusion decoder.
 
-    size              "S", "B", "M" or "L": the encoder, see PRESETS (Tables 23 and 24)
+    size              "S", "B", "M", "L" (Tables 23 and 24) or "XS": the encoder, see PRESETS
     latent_dim        nz, channels of the latent; the paper uses 4 and 12
     decoder_channels  the decoder's width at full resolution; 128 is Stable Diffusion's
     use_smc           SMC instead of GroupNorm in the decoder (Sec. 4.2, Table 4)
@@ -878,7 +878,9 @@ def spectral_norm(module):
 
 # Paper: Tables 23 and 24, (model_channels, ch_multiplies) of the three extractors and of the aggregator.
 # `params` counts the encoder at latent_dim=4; the paper prints 1.03 M, 6.75 M, 32.75 M, 41.42 M (Tables 2, 3).
+# XS is not the paper's: half as wide as S, so that the sizes can be compared below S too.
 PRESETS = {
+    "XS": {"extractor": (8, (1, 2, 2)), "aggregator": (8, (1, 2, 2)), "params": 265_964},
     "S": {"extractor": (16, (1, 2, 2)), "aggregator": (16, (1, 2, 2)), "params": 1_035_692},
     "B": {"extractor": (32, (1, 2, 3)), "aggregator": (32, (1, 2, 3)), "params": 6_750_636},
     "M": {"extractor": (64, (1, 2, 4)), "aggregator": (32, (1, 2, 3)), "params": 32_750_124},
@@ -981,13 +983,13 @@ def one_line(error):
 
 def main():
     """Print each size's parameter count beside the paper's."""
-    paper = {"S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}
-    print("encoder     extractor (3x)     aggregator         parameters    paper (Tables 2, 3)")
+    paper = {"XS": "-", "S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}
+    print("encoder      extractor (3x)     aggregator         parameters    paper (Tables 2, 3)")
     for size, preset in PRESETS.items():
         with torch.device("meta"):  # nothing is allocated
             count = sum(p.numel() for p in build_encoder(size).parameters())
         extractor, aggregator = str(preset["extractor"]), str(preset["aggregator"])
-        print(f"LiteVAE-{size}   {extractor:17}  {aggregator:15} {count:13,}    {paper[size]:>7}")
+        print(f"LiteVAE-{size:2}   {extractor:17}  {aggregator:15} {count:13,}    {paper[size]:>7}")
 
 
 if __name__ == "__main__":
@@ -1275,8 +1277,8 @@ class TwoLevelEncoder(LiteVAEEncoder):
 
 
 # Unspecified: NAFNet's size. (channels, blocks): as wide as the UNet's widest blocks, and as many as come nearest
-# to its parameters, so that Table 18 compares kinds of network: 261,900, 1,712,844 and 10,333,964 parameters.
-NAFNETS = {"S": (32, 31), "B": (96, 25), "M": (256, 22), "L": (256, 22)}
+# to its parameters, so that Table 18 compares kinds of network: S, B and M have 261,900, 1,712,844 and 10,333,964.
+NAFNETS = {"XS": (16, 27), "S": (32, 31), "B": (96, 25), "M": (256, 22), "L": (256, 22)}
 
 
 class NAFNetExtractor(nn.Module):

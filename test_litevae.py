@@ -263,7 +263,7 @@ def test_unet_hands_each_decoder_block_the_matching_encoder_output():
 
 
 @pytest.mark.parametrize("latent_dim, totals", [
-    (4, {"S": 1_035_692, "B": 6_750_636, "M": 32_750_124, "L": 41_422_380}),
+    (4, {"XS": 265_964, "S": 1_035_692, "B": 6_750_636, "M": 32_750_124, "L": 41_422_380}),
     (12, {"S": 1_038_012, "B": 6_755_260, "M": 32_754_748, "L": 41_431_612})])
 def test_encoder_parameter_counts(latent_dim, totals, capsys):
     litevae.main()
