@@ -672,13 +672,14 @@ def train_classifier(known, new, enough=0.99, steps=5000):
 
 
 def results(args):
-    """What repeated runs say of the paper's claims: a table of differences in PSNR, and a plot of them.
+    """What repeated runs say of the paper's claims: a table of differences in PSNR and SSIM, and a plot of the former.
 
     Reads a CSV with one line a run. Its columns: row and baseline, the names of what is compared; seed; kodak_psnrs and
-    builtin_psnrs, one PSNR an image, the `psnrs` that recon writes with --json; paper, the paper's difference in dB,
-    or "better" or "worse" where it gives FID alone. A second.
+    builtin_psnrs, one PSNR an image, the `psnrs` that recon writes with --json; kodak_ssim, the mean; paper, the
+    paper's difference in dB, or "better" or "worse" where it gives FID alone. A second.
     """
-    needed = {"row", "baseline", "kodak_psnrs", "builtin_psnrs", "paper"}
+    columns = {"kodak": "kodak_psnrs", "builtin": "builtin_psnrs", "ssim": "kodak_ssim"}
+    needed = {"row", "baseline", "paper", *columns.values()}
     with open(args.csv, newline="") as file:
         runs = list(csv.DictReader(file))
     seeds = Counter(run.get("row") for run in runs)
@@ -686,15 +687,14 @@ def results(args):
             or not any(run["baseline"] in seeds for run in runs)):
         raise train.UsageError(f"{args.csv} is no table of runs to compare: it needs the columns "
                                f"{', '.join(sorted(needed))}, a row with its baseline, and one with two seeds")
-    of = lambda row, images: np.array([  # noqa: E731  (seeds, images)
-        [float(v) for v in run[f"{images}_psnrs"].split()] for run in runs if run["row"] == row])
+    of = lambda row, key: np.array([  # noqa: E731  (seeds, images); of SSIM (seeds, 1), the mean over images
+        [float(v) for v in run[columns[key]].split()] for run in runs if run["row"] == row])
     compared = {run["row"]: run for run in runs if run["baseline"] in seeds}
-    table, numbers = [["row", "against", "seeds", "Kodak", "built-in", "paper", ""]], {}
+    table, numbers = [["row", "against", "seeds", "Kodak", "built-in", "Kodak's SSIM", "paper", ""]], {}
     # What a seed changes in a run's mean: the median of the rows' variances, or a row's own where that is larger. Two
     # or three seeds alone would often agree by chance.
-    own = lambda row, images: of(row, images).mean(axis=1).var(ddof=1) if seeds[row] > 1 else 0.0  # noqa: E731
-    spread = {images: np.median([own(row, images) for row in seeds if seeds[row] > 1])
-              for images in ("kodak", "builtin")}
+    own = lambda row, key: of(row, key).mean(axis=1).var(ddof=1) if seeds[row] > 1 else 0.0  # noqa: E731
+    spread = {key: np.median([own(row, key) for row in seeds if seeds[row] > 1]) for key in columns}
     for row, run in compared.items():
         try:
             paper = run["paper"] if run["paper"] in BY_FID else float(run["paper"])
@@ -702,18 +702,20 @@ def results(args):
             raise train.UsageError(f"{args.csv}: the paper's difference for {row} must be a number of dB, better or "
                                    f"worse, and is {run['paper']!r}") from None
         numbers[row] = {"baseline": run["baseline"], "seeds": seeds[row], "paper": paper}
-        for images, variance in spread.items():
-            a, b = of(row, images), of(run["baseline"], images)
-            paired = a.mean(axis=0) - b.mean(axis=0)  # (images,)
-            of_seeds = [max(variance, own(name, images)) / seeds[name] for name in (row, run["baseline"])]
-            error = (sum(of_seeds) + paired.var(ddof=1) / len(paired)) ** 0.5
-            numbers[row][images] = [paired.mean(), error]
+        for key, variance in spread.items():
+            paired = of(row, key).mean(axis=0) - of(run["baseline"], key).mean(axis=0)  # (images,)
+            of_seeds = [max(variance, own(name, key)) / seeds[name] for name in (row, run["baseline"])]
+            of_images = paired.var(ddof=1) / len(paired) if len(paired) > 1 else 0.0
+            numbers[row][key] = [paired.mean(), (sum(of_seeds) + of_images) ** 0.5]
         word = numbers[row]["verdict"] = verdict(*numbers[row]["kodak"], BY_FID.get(paper, paper))
-        shown = ["{:+.2f} ± {:.2f}".format(*numbers[row][images]) for images in spread]
+        shown = [("{:+.3f} ± {:.3f}" if key == "ssim" else "{:+.2f} ± {:.2f}").format(*numbers[row][key])
+                 for key in columns]
         shown.append(paper if paper in BY_FID else f"{paper:+.2f}")
         table.append([row, run["baseline"], str(seeds[row]), *shown, word])
-    print("Differences in PSNR in dB, with their standard errors over seeds and images. A run's mean varies with its "
-          f"seed by {spread['kodak']**0.5:.2f} dB on Kodak, {spread['builtin']**0.5:.2f} dB on built-in images (std).")
+    seed_std = {key: variance**0.5 for key, variance in spread.items()}
+    print("Differences in PSNR in dB and in SSIM, with their standard errors over seeds and, for PSNR, images. A run's "
+          "mean varies with its seed by {kodak:.2f} dB on Kodak, {builtin:.2f} dB on built-in images and {ssim:.3f} in "
+          "SSIM (std).".format(**seed_std))
     print_table(table)
     out = args.out or Path(args.csv).with_suffix(".png")
     plot_differences(out, {
@@ -721,7 +723,7 @@ def results(args):
         | ({} if v["paper"] in BY_FID else {"the paper": [v["paper"], 0]}) for row, v in numbers.items()},
         "difference in PSNR, dB (bars: two standard errors)")
     print(f"Plot: {out}")
-    return {"rows": numbers, "seed_std": {images: variance**0.5 for images, variance in spread.items()}}
+    return {"rows": numbers, "seed_std": seed_std}
 
 
 BY_FID = {"better": 1, "worse": -1}

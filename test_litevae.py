@@ -3383,11 +3383,11 @@ RESULTS = HERE / "assets" / "results.csv"
 
 
 def results_file(path, runs):
-    """A CSV of runs: (row, baseline, paper, [PSNR of each image])."""
-    lines = ["row,baseline,seed,paper,kodak_psnrs,builtin_psnrs"]
+    """A CSV of runs: (row, baseline, paper, [PSNR of each image]); SSIM is a hundredth of the mean PSNR."""
+    lines = ["row,baseline,seed,paper,kodak_psnrs,builtin_psnrs,kodak_ssim"]
     for seed, (row, baseline, paper, psnrs) in enumerate(runs):
         text = " ".join(map(str, psnrs))
-        lines.append(f"{row},{baseline},{seed},{paper},{text},{text}")
+        lines.append(f"{row},{baseline},{seed},{paper},{text},{text},{np.mean(psnrs) / 100}")
     path.write_text("\n".join(lines))
     return path
 
@@ -3405,6 +3405,7 @@ def test_results_are_paired_differences_with_standard_errors(tmp_path, capsys):
     paired = np.array([0.9, 1.1, 1.0])  # means over seeds, image by image
     assert difference == pytest.approx(1) and rows["better"]["builtin"] == rows["better"]["kodak"]
     assert error == pytest.approx((0.02 / 2 + 0.02 / 2 + paired.var(ddof=1) / 3) ** 0.5)
+    assert rows["better"]["ssim"] == [pytest.approx(0.01), pytest.approx(0.02**0.5 / 100)]  # over seeds alone
     assert rows["same"]["kodak"] == [pytest.approx(0, abs=1e-9), pytest.approx((0.02 / 1 + 0.02 / 2) ** 0.5)]
     assert {name: (row["verdict"], row["seeds"]) for name, row in rows.items()} == {
         "better": ("agrees", 2), "worse": ("disagrees", 1), "same": ("within noise", 1), "bad": ("agrees", 1),
@@ -3428,13 +3429,13 @@ def test_the_readmes_results_are_those_of_the_runs(tmp_path, capsys):
              for line in (HERE / "README.md").read_text().splitlines() if re.match(r"\| `[\w-]+` against", line)}
     assert table.keys() == rows.keys()
     for row, v in rows.items():
-        name, _, paper, kodak, builtin, seeds, verdict = table[row]
+        name, _, paper, kodak, builtin, ssim, seeds, verdict = table[row]
         before, after = map(float, paper.removeprefix("rFID ").split(" to "))
         assert name == f"`{row}` against `{v['baseline']}`"
         assert ("worse" if after > before else "better") == v["paper"] if "rFID" in paper else (
             after - before == pytest.approx(v["paper"], abs=1e-6))
         assert [kodak, builtin] == ["{:+.2f} ± {:.2f}".format(*v[images]) for images in ("kodak", "builtin")]
-        assert (seeds, verdict) == (str(v["seeds"]), v["verdict"])
+        assert (ssim, seeds, verdict) == ("{:+.3f} ± {:.3f}".format(*v["ssim"]), str(v["seeds"]), v["verdict"])
 
 
 def test_the_results_commands_are_what_their_rows_claim():
@@ -3443,6 +3444,8 @@ def test_the_results_commands_are_what_their_rows_claim():
              "conv1x1": {"use_1x1_conv"}, "shared": {"shared_extractor"}, "two-levels": {"last_two_levels"},
              "dwt": {"model"}, "ldl": {"weight_ldl"}, "dwt-2": {"model", "latent_dim"},
              "nafnet": {"extractor"}, "size-b": {"size"}, "adaptive": {"adaptive_weight"}, "logistic": {"adv_loss"},
+             "patchgan": {"discriminator"}, "stylegan": {"discriminator"}, "vit": {"aggregator"}, "size-xs": {"size"},
+             "vae-small": {"model", "size"}, "sd-vae": {"model", "size"},
              "at-96": {"resolution", "steps", "lr_warmup"}, "48-then-96": {"steps", "lr_warmup"}}
     runs = rows(RESULTS.parent, RESULTS.name)
 
@@ -3461,6 +3464,7 @@ def test_the_results_commands_are_what_their_rows_claim():
         assert all(args["precision"] == "fp32" or run["hardware"] == "AMD EPYC, one core" for args in stages)
         assert sum(args["steps"] for args in stages) == int(run["steps"]) and len(run["kodak_psnrs"].split()) == 24
         for images in ("kodak", "builtin"):
+            assert 0 < float(run[f"{images}_ssim"]) < 1
             values = [float(v) for v in run[f"{images}_psnrs"].split()]
             assert float(run[f"{images}_psnr"]) == pytest.approx(np.mean(values), abs=0.005)
         if run["baseline"]:
