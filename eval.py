@@ -503,7 +503,7 @@ def cost(args):
     """Parameters, multiply-accumulates, peak memory and throughput of the encoders (Table 3).
 
     The sizes of LiteVAE and Stable Diffusion's, with nz 4 and random weights, measured in turn within one run,
-    and the ratios. Needs nothing. Three minutes.
+    and the ratios. Needs nothing. Seven minutes.
     """
     machine = exact_machine(args.device, args.precision)
     cuda, resolution = machine.device.type == "cuda", args.resolution or 256

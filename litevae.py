@@ -1397,9 +1397,13 @@ def adaptive_weight(recon, adv, last_layer, delta=1e-4, average=lambda gradient:
     averages a gradient over the processes that share a batch.
     """
     # Unspecified: where the gradients are taken, delta, and a ceiling. As in taming-transformers.
-    g_recon = average(torch.autograd.grad(recon, last_layer, retain_graph=True)[0]).norm()
-    g_adv = average(torch.autograd.grad(adv, last_layer, retain_graph=True)[0]).norm()
+    g_recon, g_adv = gradient_norms((recon, adv), last_layer, average)
     return 0.5 * (g_recon / (g_adv + delta)).clamp(max=1e4)
+
+
+def gradient_norms(losses, last_layer, average=lambda gradient: gradient):
+    """The norm of each loss's gradient at `last_layer`, (), through a graph that is kept."""
+    return [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in losses]
 
 
 class ESRGANPerceptual(nn.Module):

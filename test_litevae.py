@@ -1520,6 +1520,11 @@ def test_held_out_images_are_spread_over_a_sorted_folder_and_at_most_so_many(tmp
     args.val = str(tmp_path)
     dataset, held_out, _ = train.open_images(args, train.DeadLeaves)
     assert len(held_out) == 6 and len(dataset) == 150 and {number for number, _ in colours(held_out)} == {0, 1, 2}
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    args.val = str(tmp_path / "link")  # inside --data: no image of it is trained on
+    dataset, held_out, _ = train.open_images(args, train.DeadLeaves)
+    assert {number for number, _ in colours(held_out)} == {1} and len(dataset) == 100
+    assert {number for number, _ in colours(dataset[i] for i in range(100))} == {0, 2}
 
 
 def test_a_file_is_found_once_through_links_and_nothing_but_files_is(tmp_path):
@@ -1571,7 +1576,7 @@ def test_held_out_images_can_be_read_stay_in_memory_and_are_known_to_the_checkpo
         if file.name != "001.png":
             file.unlink()
     assert run(train, *options, "--steps", 1, "--out", tmp_path / "b") == 0
-    assert "the one image" in capsys.readouterr().out
+    assert "1 held out and trained on too" in capsys.readouterr().out
 
 
 # --- train.py: PSNR, image grids, and around the loop -------------------------------------------------
@@ -1696,9 +1701,22 @@ def test_a_stop_signal_saves_first(script, number, tmp_path, monkeypatch, tiny_l
         before_step(patch, script, 3, lambda: os.kill(os.getpid(), number))
         assert run(script, *TINY[script], "--steps", 6, "--out", tmp_path / "a") == 128 + number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert checkpoint_of(tmp_path / "a")["step"] == 4
+    checkpoint = checkpoint_of(tmp_path / "a")
+    assert checkpoint["step"] == 4 and checkpoint.get("vae", checkpoint)["config"]["scaling_factor"] != 1  # is measured
     _, interrupted = resumed(tmp_path / "a", script=script)
     assert same(interrupted, trained(tmp_path / "b", "--steps", 6, script=script)[1])
+
+
+def test_a_signal_in_the_last_step_or_a_second_one_while_a_stopped_run_is_measured_loses_nothing(
+        tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        before_step(patch, train, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(train, *TINY[train], "--steps", 3, "--out", tmp_path / "a") == 0
+        patch.setattr(train.AutoencoderTask, "report", mock.Mock(side_effect=ZeroDivisionError))
+        with pytest.raises(ZeroDivisionError):
+            run(train, *TINY[train], "--steps", 5, "--out", tmp_path / "b")
+    assert "stopped" not in capsys.readouterr().out
+    assert checkpoint_of(tmp_path / "a")["step"] == checkpoint_of(tmp_path / "b")["step"] == 3
 
 
 def test_a_crash_between_checkpoints_leaves_no_row_twice(tmp_path, monkeypatch):
@@ -2146,11 +2164,15 @@ def test_a_signal_to_the_whole_process_group_saves_too(tmp_path, folder, number)
 
 
 def test_nothing_that_is_not_finite_replaces_a_good_checkpoint(tmp_path, monkeypatch, capsys):
-    assert run(train, *TINY[train], "--steps", 2, "--out", tmp_path / "a") == 0
+    with monkeypatch.context() as patch:
+        poison(patch, {1})
+        assert run(train, *TINY[train], "--steps", 2, "--out", tmp_path / "a") == 0
+    assert checkpoint_of(tmp_path / "a")["step"] == 2  # one skipped step leaves good weights
     good = (tmp_path / "a" / "checkpoint.pt").read_bytes()
-    poison(monkeypatch, {1})  # the last step but the report
-    assert run(train, "--resume", "--steps", 4, "--out", tmp_path / "a") == 0
-    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == good  # the last step was not finite
+    with monkeypatch.context() as patch:
+        poison(patch, {0, 1})
+        assert run(train, "--resume", "--steps", 4, "--out", tmp_path / "a") == 1
+    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == good and "--resume" in capsys.readouterr().err
     monkeypatch.setattr(train.AutoencoderTask, "report", lambda self, step: {"psnr": math.nan})
     assert run(train, "--resume", "--steps", 5, "--out", tmp_path / "a") == 1
     assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == good and "--resume" in capsys.readouterr().err

@@ -52,8 +52,8 @@ from tqdm import tqdm
 
 from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, MODELS, PRESETS, CheckpointError, ESRGANPerceptual, LiteVAE,
                      LiteVAEVariant, PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
-                     autoencoder_loss, discriminator_loss, hinge_d_loss, hinge_g_loss, ldl_loss, load_checkpoint,
-                     logistic_d_loss, logistic_g_loss, one_line, save_checkpoint)
+                     autoencoder_loss, discriminator_loss, gradient_norms, hinge_d_loss, hinge_g_loss, ldl_loss,
+                     load_checkpoint, logistic_d_loss, logistic_g_loss, one_line, save_checkpoint)
 
 # --- 1  The two recipes -------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ DECODER = ("latent_dim", "decoder_channels", "output_type", "use_smc")
 PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "last_two_levels": False}
 MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
 
-# What an option switches off: --discriminator none, --perceptual none, every --model but litevae.
+# {option: the options that do nothing where it is "none", or where --model is not litevae}
 SWITCHES = {"model": ("size", "use_1x1_conv", *PARTS), "perceptual": ("weight_perceptual",), "discriminator": (
     "disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight")}
 
@@ -127,14 +127,15 @@ non_negative = checked(float, lambda v: 0 <= v < math.inf, "a number, 0 or above
 number = checked(float, math.isfinite, "a finite number")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
-# {group: {option: (type, choices, or bool for a switch; help)}}. Defaults are those of the recipes. An option that
-# is not given is not in the namespace: its value comes from a recipe, or with --resume from the checkpoint.
+# {group: {option: (kind, help)}}; kind is an argparse type, a list of choices, or bool for a switch. An option that is
+# not given is not in the namespace: its value comes from a recipe, or with --resume from the checkpoint.
 
 RUN_OPTIONS = {"run": {
     "data": (str, "folder of images to train on, searched recursively (default: built-in images)"),
     "val": (str, f"folder of held-out images, of which {HELD_OUT} evenly spaced ones are measured (default: 1 file in "
                  f"20 of --data, {HELD_OUT} at most, evenly spaced)"),
-    "out": (str, "folder for checkpoint, log and pictures (default: one in runs)"),
+    "out": (str, "folder for checkpoint, log and pictures (default: runs/quickstart, with --data runs/litevae; of "
+                 "sample_ldm.py runs/ldm)"),
     "resume": (bool, "go on from --out's checkpoint, with the options it was started with"),
     "steps": (positive_int, "updates of the model"),
     "batch_size": (positive_int, "images a step, over all processes"),
@@ -361,10 +362,15 @@ class AutoencoderTask:
         return values
 
     def loss(self, output, image, noise, fake_logits, ramp, log):
-        """Eq. 1: the loss, (), and a dict of its terms. `ramp`, 0 to 1, scales the adversarial weight."""
+        """Eq. 1: the loss, (), and a dict of its terms. `ramp`, 0 to 1, scales the adversarial weight.
+
+        `noise` and `log` are for AblationTask.
+        """
         weights = {**self.weights, "adv": ramp * self.weights["adv"]}
         loss, terms = autoencoder_loss(output, image, weights, self.perceptual, fake_logits, self.g_loss)
-        return loss, terms if fake_logits is None else {**terms, "adv_weight": weights["adv"]}
+        if fake_logits is not None:
+            terms["adv_weight"] = weights["adv"]
+        return loss, terms
 
     def judge(self, image):
         """The discriminator's logits, with gradients for the image only."""
@@ -446,12 +452,13 @@ MAX_BAD_STEPS = 20  # not finite, in a row
 
 
 def fit(task, args, machine, dataset, start):
-    """The training loop. Returns the exit status: 0, or 128 + the signal's number after Ctrl-C or SIGTERM.
+    """The training loop. Returns the exit status: 0, or 128 + the signal's number after Ctrl-C, SIGTERM or SIGHUP.
 
     task.step(batch, step, log)  one update; returns scalars (all that are logged if `log`) and whether it was "finite"
     task.report(step)            pictures and held-out numbers (main process only); returns scalars
     task.save(step)              writes the checkpoint (main process only)
-    task.fields, task.shown      the scalars' names, which are log.csv's columns; those on the progress bar
+    task.fields, task.shown      the names of all these scalars, log.csv's columns; those on the progress bar
+    task.skipped                 a count, which is raised for each step that is not finite
     """
     main = machine.rank == 0
     stream = batches(dataset, args.batch_size, start, machine, args.workers)
@@ -481,29 +488,32 @@ def fit(task, args, machine, dataset, start):
             if logged:
                 values = machine.mean(values)
             # With several processes this is an all-reduce, so only at logged steps.
-            stopped = (logged or machine.world == 1) and machine.any(bool(stop))
-            report = {}
+            stopped = (logged or machine.world == 1) and machine.any(bool(stop)) and done < args.steps
+            good = bad < 2  # one skipped step leaves good weights; after several in a row they may be broken
+            report, due = {}, due or stopped
+            if main and due:
+                if stopped and good:
+                    task.save(done)  # at once, for a second signal kills; and again with what the report measures
+                report = task.report(done)
+                bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
             if main and logged:
                 values |= {"images_per_second": images / (time.monotonic() - since), "skipped": task.skipped}
                 bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
-                if due:
-                    report = task.report(done)
-                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
                 log.write(done, {**values, **report})
                 since, images = time.monotonic(), 0
-            # Weights that are not finite are never saved.
-            good = all(map(math.isfinite, report.values()))
-            if main and (stopped or due):
-                if good and not bad:
+            measured = all(map(math.isfinite, report.values()))
+            if main and due:
+                if good and measured:
                     task.save(done)
                 else:
                     bar.write(f"not saved: step {done} was not finite")
                 log.plot()
-            if not good:
-                raise UsageError(f"the weights after step {done} give nothing finite: {way_back(args)}")
-            if stopped and main:
-                bar.write(f"stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
+            if not measured or (done == args.steps and not good):
+                raise UsageError(f"what the run holds after step {done} is not finite: {way_back(args)}")
             if stopped:
+                if main:
+                    bar.write(f"stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
+                machine.wait()  # torchrun ends all processes with the first that leaves
                 return 128 + (stop or [signal.SIGTERM])[0]
     return 0
 
@@ -580,7 +590,10 @@ def build_discriminator(args):
 
 
 class AblationTask(AutoencoderTask):
-    """The step with what only an ablation needs: LDL, the adaptive weight of Eq. 2, the gradient ratio of Fig. 7."""
+    """The step with what Eq. 1 does without: LDL, the adaptive weight of Eq. 2, the gradient ratio of Fig. 7.
+
+    Every run with a discriminator takes it, to log that ratio; the update changes only where an option asks for it.
+    """
 
     def __init__(self, args, *parts):
         if args.compile:  # the gradient ratio walks the graph before backward does: compiled code must keep its buffers
@@ -605,23 +618,17 @@ class AblationTask(AutoencoderTask):
             terms["adv_weight"] = ramp * adaptive_weight(terms["recon"], terms["adv"], self.last_layer, average=average)
             loss = loss + terms["adv_weight"] * terms["adv"]
         if adversarial and log:
-            terms["grad_ratio"] = gradient_ratio(terms["adv"], terms["recon"], self.last_layer, average)
+            # Paper: Fig. 7 can only be about the unweighted L_adv, for with the adaptive weight of Eq. 2 the weighted
+            # ratio would be 1/2 by construction.
+            g_adv, g_recon = gradient_norms((terms["adv"], terms["recon"]), self.last_layer, average)
+            terms["grad_ratio"] = g_adv / g_recon.clamp_min(1e-12)
         return loss, terms
 
 
-def gradient_ratio(adv, recon, last_layer, average):
-    """||grad L_adv|| / ||grad L_recon|| at the decoder's last layer, both unweighted (Fig. 7): ()."""
-    # Paper: Fig. 7 can only be about the unweighted L_adv, for with the adaptive weight of Eq. 2 the weighted
-    # ratio would be 1/2 by construction.
-    g_adv = average(torch.autograd.grad(adv, last_layer, retain_graph=True)[0]).norm()
-    g_recon = average(torch.autograd.grad(recon, last_layer, retain_graph=True)[0]).norm()
-    return g_adv / g_recon.clamp_min(1e-12)
-
-
 # --- 6  Images ----------------------------------------------------------------------------------------
-# A data set answers to positions 0, 1, 2, ... of an endless stream with (image, label): (3, H, W) uint8, a quarter
-# of the bytes of float32, and a number, 0 without classes. What stands at a position depends on the seed and the
-# position alone: a resumed run sees what it would have seen, and ranks need no communication.
+# dataset[position], for positions 0, 1, 2, ... without end, is (image, label): (3, H, W) uint8, and a number, 0
+# without classes. It depends on the seed and the position alone: a resumed run sees what it would have seen, and
+# ranks need no communication.
 
 
 def open_images(args, built_in, label=None):
@@ -648,11 +655,13 @@ def open_images(args, built_in, label=None):
         held_out = [unseen[i] for i in range(HELD_OUT)]
     if not args.data:
         return built_in(args.resolution, args.seed), held_out, f"built-in images, {len(held_out)} held out"
-    files = files if args.val else [file for file in files if file not in found]
-    about = f"{len(files)} images of {args.data}, {len(held_out)} held out"
-    if not files:
-        files, about = list(found), f"the one image of {args.data}, which is held out too"
-    return images(files, args.data, seed=args.seed), held_out, about
+    # A --val folder inside --data is left out as a whole.
+    unseen = {os.path.realpath(file) for file in (candidates if args.val else found)}
+    others = [file for file in files if os.path.realpath(file) not in unseen]
+    about = f"{len(others or files)} images of {args.data}, {len(held_out)} held out"
+    if not others:
+        others, about = files, about + " and trained on too, for there are no others"
+    return images(others, args.data, seed=args.seed), held_out, about
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
@@ -705,7 +714,7 @@ class ImageFolder:
             if self.broken[candidate]:
                 continue
             file = self.files[candidate]
-            # A generator for each attempt: the crop must not depend on whether a broken file was known.
+            # A new generator for each attempt: the crop is the same whether a broken file is found now or was known.
             rng = np.random.default_rng((self.seed, 1, position)) if self.augment else None
             try:
                 return file, (as_tensor(load_image(file, self.resolution, rng)), self.labels[candidate])
@@ -916,9 +925,10 @@ class Machine:
         return batch.float() / 127.5 - 1
 
     def workers(self, asked):
-        """How many processes load images: what was asked for, if anything was."""
+        """How many processes load images: `asked`, if it is not None."""
         # On a CPU the networks need every core, and a third busy process on two of them stalls both.
-        return asked if asked is not None else 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        default = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        return default if asked is None else asked
 
     def randn(self, shape):
         """Standard normal noise for this process's rows of the global batch: the same for any `world`.
