@@ -3464,7 +3464,7 @@ def test_the_results_commands_are_what_their_rows_claim():
     """Rows differ from their baselines in the options that the row is about, and in seed and folder alone."""
     about = {"smc": {"use_smc"}, "gaussian": {"weight_gaussian"}, "wavelet": {"weight_wavelet"},
              "conv1x1": {"use_1x1_conv"}, "shared": {"shared_extractor"}, "two-levels": {"last_two_levels"},
-             "dwt": {"model"}, "ldl": {"weight_ldl"}, "dwt-2": {"model", "latent_dim"},
+             "dwt": {"model"}, "dwt-long": {"model"}, "ldl": {"weight_ldl"}, "dwt-2": {"model", "latent_dim"},
              "nafnet": {"extractor"}, "size-b": {"size"}, "adaptive": {"adaptive_weight"}, "logistic": {"adv_loss"},
              "patchgan": {"discriminator"}, "stylegan": {"discriminator"}, "vit": {"aggregator"}, "size-xs": {"size"},
              "vae-small": {"model", "size"}, "sd-vae": {"model", "size"},
