@@ -656,8 +656,8 @@ def open_images(args, built_in, label=None):
     if not args.data:
         return built_in(args.resolution, args.seed), held_out, f"built-in images, {len(held_out)} held out"
     # A --val folder inside --data is left out as a whole.
-    unseen = {os.path.realpath(file) for file in (candidates if args.val else found)}
-    others = [file for file in files if os.path.realpath(file) not in unseen]
+    left_out = {os.path.realpath(file) for file in (candidates if args.val else found)}
+    others = [file for file in files if os.path.realpath(file) not in left_out]
     about = f"{len(others or files)} images of {args.data}, {len(held_out)} held out"
     if not others:
         others, about = files, about + " and trained on too, for there are no others"
