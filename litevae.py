@@ -241,6 +241,8 @@ class LiteVAEUNetBlock(nn.Module):
     """
 
     # Paper: Sec. 4.1, "similar to the ADM model without spatial down/upsampling layers".
+    # Differs: ADM has one more decoder block a level, which reads the skip of in_layer. App. G has not, as its counts
+    # say, and never reads that skip; here it is not kept.
 
     def __init__(self, in_channels, out_channels, model_channels, ch_multiplies=(1, 2, 4), num_res_blocks=2,
                  use_smc=False):
@@ -249,7 +251,7 @@ class LiteVAEUNetBlock(nn.Module):
         self.in_layer = nn.Conv2d(in_channels, model_channels, 3, padding=1)
 
         channels = model_channels
-        skips = [channels]  # widths of the skip connections
+        skips = []  # widths of the skip connections
         self.encoder_blocks = nn.ModuleList()
         for mult in ch_multiplies:
             for _ in range(num_res_blocks):
@@ -269,7 +271,7 @@ class LiteVAEUNetBlock(nn.Module):
 
     def forward(self, x):
         x = self.in_layer(x)  # (B, model_channels, H, W)
-        skips = [x]
+        skips = []
         for block in self.encoder_blocks:
             x = block(x)  # (B, model_channels * mult, H, W)
             skips.append(x)
