@@ -1,4 +1,4 @@
-"""Measure LiteVAE: every number of the paper, each with its definition in code.
+"""Measure LiteVAE: the numbers of the paper's tables and figures, each with its definition in code.
 
     python eval.py recon --vae CKPT [--data DIR]         PSNR, SSIM, LPIPS, rFID and a picture       Table 1
     python eval.py fid A B                               FID between folders or saved statistics     Table 7
@@ -47,7 +47,7 @@ from litevae import LPIPS, PRESETS, LiteVAE, SDVAEEncoder, build_encoder, gaussi
 
 # --- 1  Reconstruction (Table 1) ----------------------------------------------------------------------
 # PSNR, SSIM and LPIPS are computed for each image, then averaged over images. All three see outputs clamped to the
-# range of images, not rounded.
+# range of images, not rounded. Unspecified: the SSIM. Wang et al. measure grey images; here the three colours' mean.
 
 
 def ssim(x_hat, x):
@@ -429,7 +429,7 @@ def fid_command(args):
                 sets[i].update(inception(batch.to(machine.device, memory_format=machine.memory_format)))
         print(f"{sources[i]}: {sets[i].n or 'an unknown number of'} images")
     a, b = sets[0], sets[-1]
-    numbers = {"n": min(a.n, b.n), "inception": inception.label}
+    numbers = {"n": min(a.n, b.n) or None, "inception": inception.label}
     if args.save_stats:
         with open(args.save_stats, "wb") as file:  # np.savez would add .npz to a name without it
             np.savez(file, mu=a.mean, sigma=a.covariance, n=a.n, inception=inception.label)
@@ -467,11 +467,11 @@ def scale(args):
 def mmd(args):
     """Squared MMD between latents and standard Gaussian vectors for several bandwidths (Table 6).
 
-    Prints the unbiased estimate times 1000 and its std over repeats. As in Stable Diffusion, latents are multiplied
-    by one number, the config's scaling_factor = 1 / std over all channels, as in sample_ldm.py. At 256x256 latents
-    have the 32 x 32 x nz numbers that the bandwidths were chosen for. Needs only a checkpoint. 0.05 s an image with
-    LiteVAE-S, 0.2 s with B.
+    Prints the unbiased estimate times 1000 and its std over repeats. Latents are multiplied by the config's
+    scaling_factor, as diffusion sees them. Needs only a checkpoint. 0.05 s an image with LiteVAE-S, 0.2 s with B.
     """
+    # Unspecified: MMD or its square, unit, kernel, estimator, how many latents, scaled or not, and the resolution (here
+    # 256x256). The repeats draw halves of one set of latents, which overlap: their std is no standard error.
     machine = exact_machine(args.device)
     vae, _ = load_vae(args.vae, args, machine)
     images = Images(args.data, args.resolution or 256, args.limit)
@@ -552,7 +552,7 @@ def latents(args):
                  *([str(i), *(f"{v:.3f}" for v in row)] for i, row in enumerate(zip(mean, std, largest)))])
     # Each channel from its 2nd to its 98th percentile; fewer than three channels: the first one in grey.
     channels = 3 if z.shape[1] >= 3 else 1
-    some = flat[:channels, :10**6].float()  # quantile takes no more values
+    some = flat[:channels, :10**6].float()  # quantile takes 2^24 values at most
     low, high = [torch.quantile(some, q, dim=1).view(-1, 1, 1) for q in (0.02, 0.98)]
     rgb = 2 * (z[:, :channels].float() - low) / (high - low).clamp_min(1e-8) - 1
     rgb = F.interpolate(rgb.expand(-1, 3, -1, -1), scale_factor=8, mode="nearest")  # (B, 3, R, R)
@@ -824,8 +824,8 @@ class Images:
 def resize_bilinear(image, resolution):
     """The centre square as LDM's evaluation makes it: (3, H, W) uint8 -> (3, R, R) uint8.
 
-    The shorter side is resized bilinearly without antialiasing (albumentations' SmallestMaxSize), which aliases: a
-    third of Kodak's resolution is then harder by 2 dB than with the bicubic filter.
+    The shorter side is resized bilinearly without antialiasing (albumentations' SmallestMaxSize), which aliases: at a
+    third of Kodak's resolution that costs 2 dB of PSNR against the bicubic filter.
     """
     scale = resolution / min(image.shape[1:])
     height, width = [max(resolution, round(side * scale)) for side in image.shape[1:]]
@@ -921,7 +921,7 @@ def load_statistics(path, label):
         with np.load(path) as file:
             mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
             n = int(file["n"]) if "n" in file else 0  # pytorch-fid does not save it
-            held = str(file["inception"]) if "inception" in file else label
+            held = str(file["inception"]) if "inception" in file else "published weights"  # pytorch-fid has no others
     except Exception as error:
         raise train.UsageError(f"{path} cannot be read as saved statistics, an .npz with `mu` and `sigma` ({error})")
     if covariance.shape != (2048, 2048) or held != label:

@@ -39,13 +39,14 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 # --- 1  Haar wavelet transform (Sec. 3, App. G) -------------------------------------------------------
 
 
 class HaarTransform(nn.Module):
-    """The orthonormal 2D Haar transform and its inverse; no parameters, any device; float32 or float64.
+    """The orthonormal 2D Haar transform and its inverse; no parameters, any device; in float32, float64 stays.
 
     Each 2x2 block of pixels  a b  becomes four numbers, one in each band:
                               c d
@@ -60,7 +61,7 @@ class HaarTransform(nn.Module):
 
     # Differs: the pseudocode calls ptwt inside set_grad_enabled(False), which would cut the gradient of
     # the wavelet loss; and calls idwt with a level, which it does not take. Here gradients flow,
-    # and idwt inverts one level.
+    # and idwt inverts one level. Its default level is 3; here it is 1, the one that idwt inverts.
 
     def dwt(self, x, level=1):
         """(B, C, H, W) -> (B, 4C, H/2^level, W/2^level): the four bands of that level alone.
@@ -366,7 +367,7 @@ class SDAttnBlock(nn.Module):
     def __init__(self, channels, use_smc=False):
         super().__init__()
         # Unspecified: whether the SMC decoder keeps its attention. It does here: Table 4 changes the
-        # normalisation alone. Without one, features may grow until attention becomes one-hot;
+        # normalisation alone. Without GroupNorm, features may grow until the softmax is one-hot;
         # dividing queries and keys by their RMS bounds the logits.
         self.use_smc = use_smc
         conv = SMC if use_smc else nn.Conv2d
@@ -397,8 +398,9 @@ class SDVAEDecoder(nn.Module):
     def __init__(self, latent_dim=4, channels=128, out_channels=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2,
                  use_smc=False):
         super().__init__()
-        # Paper: Sec. 4.2 replaces GroupNorm by SMC. Convolutions after a GroupNorm become SMCs, and so
-        # does attention's proj_out; conv_in, shortcuts and upsampling convolutions stay plain.
+        # Paper: Sec. 4.2 replaces GroupNorm by SMC; in App. G's block the convolutions, not the shortcut.
+        # Unspecified: the rest. conv_out and attention's proj_out become SMCs; conv_in and upsampling
+        # convolutions stay plain.
         block = ResBlockWithSMC if use_smc else SDResnetBlock
         width = channels * ch_mult[-1]
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
@@ -695,8 +697,8 @@ def wavelet_loss(w_hat, w, eps=1e-3):
 
 def gaussian_loss(x_hat, x, kernel_size=5, sigma=1.0):
     """L1 between x - h(x) and x_hat - h(x_hat) for a Gaussian blur h (Sec. 4.3): two (B, 3, H, W) -> ()."""
-    # Unspecified: size and sigma. Five taps and sigma 1, as in the code of the paper's reference [74] (whose border is
-    # reflected; here it is replicated): x - h(x) keeps periods below about 5 pixels.
+    # Unspecified: size and sigma. Five taps and sigma 1, as in the code of the paper's reference [74]: x - h(x) keeps
+    # periods below about 5 pixels. Differs: [74] reflects the border; replicating it takes images of any size.
     d = at_least_float32(x_hat) - at_least_float32(x)  # blurring is linear: one blur of the difference serves both
     return (d - gaussian_blur(d, kernel_size, sigma)).abs().mean()
 
@@ -768,6 +770,9 @@ def load_features(modules, file):
         path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
         raise FileNotFoundError(f"the perceptual loss needs the weights {url}: put the file at {path} "
                                 f"(loading it failed: {one_line(error)})") from None
+
+
+# Differs: taming-transformers and LDM halve both discriminator losses. Adam does not see that, clipping does.
 
 
 def hinge_d_loss(real, fake):
@@ -842,18 +847,17 @@ class UNetDiscriminator(nn.Module):
         self.to_pixel = spectral_norm(nn.Conv2d(channels, 1, 1))
 
     def forward(self, x):
-        sizes, features = [], []
+        skips = []
         for block in self.down:
-            sizes.append(x.shape[-2:])
+            skips.append(x)
             x = F.avg_pool2d(block(x), 2)  # (B, channels * mult, H/2, W/2), then H/4, ...
-            features.append(x)
         # Differs: Schonfeld et al. sum over positions; the mean keeps the logit's scale at any resolution.
         global_logits = self.to_global(F.leaky_relu(x, 0.2).mean(dim=(2, 3)))  # (B, 1)
-        features.pop()
-        for i, block in enumerate(self.up):
-            if i > 0:
-                x = torch.cat([x, features.pop()], dim=1)
-            x = block(upsample(x, sizes.pop()))
+        for block in self.up:
+            skip = skips.pop()
+            x = block(upsample(x, skip.shape[-2:]))  # (B, channels * mult, H/8, W/8), then H/4, ...
+            if skips:  # the last one is the image
+                x = torch.cat([x, skip], dim=1)
         return global_logits, self.to_pixel(F.leaky_relu(x, 0.2))  # (B, 1), (B, 1, H, W)
 
 
@@ -870,10 +874,6 @@ class DiscriminatorBlock(nn.Module):
     def forward(self, x):
         h = x if x.shape[1] == 3 else F.leaky_relu(x, 0.2)  # pixels go in as they are
         return self.skip_connection(x) + self.conv_out(F.leaky_relu(self.conv_in(h), 0.2))
-
-
-def spectral_norm(module):
-    return nn.utils.parametrizations.spectral_norm(module)
 
 
 # --- 8  Presets and checkpoints (App. F) --------------------------------------------------------------
@@ -1154,10 +1154,9 @@ def read_safetensors(file):
 
 
 class DWTEncoder(nn.Module):
-    """The encoder that learns nothing (App. B): (B, 3, H, W) -> (B, 24, h, w) or (B, 96, h, w), half of them zero.
+    """The encoder that learns nothing (App. B): (B, 3, H, W) -> its latent, (B, 12, h, w) or (B, 48, h, w).
 
-    The first half, the latent, holds the four bands of level 3 (nz = 12), and with `higher_bands` also those of
-    level 2 but L, by space-to-depth (nz = 48); the second, where others have a log-variance, nothing.
+    The four bands of level 3 (nz = 12), and with `higher_bands` also those of level 2 but L, by space-to-depth (48).
     """
 
     # Paper: App. B, Tables 11 and 12. 48 = 12 + 4 * 9 says which "higher frequency sub-bands" DWT-2 adds: with
@@ -1173,14 +1172,14 @@ class DWTEncoder(nn.Module):
         if self.higher_bands:
             details = F.pixel_unshuffle(dwt_L2[:, 3:], 2)  # (B, 9, 2h, 2w) -> (B, 36, h, w)
             latent = torch.cat([latent, details], dim=1)  # (B, 48, h, w)
-        return torch.cat([latent, torch.zeros_like(latent)], dim=1)
+        return latent
 
 
 class PointDistribution(DiagonalGaussianDistribution):
-    """A "posterior" without spread: every sample is the mean, and there is no KL."""
+    """A "posterior" without spread at `mean`, (B, nz, h, w): every sample is the mean, and there is no KL."""
 
-    def __init__(self, parameters):
-        super().__init__(parameters)
+    def __init__(self, mean):
+        self.dtype, self.mean = mean.dtype, at_least_float32(mean)
         self.std, self.logvar = torch.zeros_like(self.mean), torch.full_like(self.mean, -torch.inf)
 
     def kl(self):
@@ -1366,7 +1365,7 @@ class ViTAggregator(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block (Dosovitskiy et al. 2021), heads of 32 channels: (B, N, C) -> (B, N, C)."""
+    """Pre-norm transformer block (Dosovitskiy et al. 2021), a head for each 32 channels: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, width):
         super().__init__()
@@ -1451,7 +1450,8 @@ def ldl_loss(x_hat, x, x_ema):
 def artifact_map(x_hat, x, x_ema, kernel_size=7):
     """LDL's refined map M of three (B, 3, H, W) in [0, 1]: (B, 1, H, W), zero where the EMA weights do worse.
 
-    The variance of the residual in each 7x7 window, times its variance in the image to the power of 1/5.
+    M = v^(1/5) V: of the residual |x_hat - x|, summed over colours, V is the variance in each 7x7 window and v that
+    in the whole image.
     """
     # Differs: the authors' code lets the gradient run through the map too, where the fifth root's is infinite for
     # a perfect reconstruction. A weight is a constant here.

@@ -80,7 +80,7 @@ def noise_levels(normal, mean, std):
 
 
 def diffusion_loss(denoiser, x, sigma, noise, label=None):
-    """E[lambda(sigma) |D(x + sigma noise; sigma) - x|^2] over all elements, (), with EDM's weight (Eq. 2, Table 1).
+    """The mean of lambda(sigma) (D(x + sigma noise; sigma) - x)^2 over all elements, (): EDM's Eq. 2 and Table 1.
 
     lambda = 1 / c_out^2 makes it the mean squared error of the network F itself: before training, where F
     is zero, it is 1 at every noise level.
@@ -230,15 +230,18 @@ class UNet(nn.Module):
         for block in self.mid:
             x = block(x, e)
         for layer in self.up:
-            x = layer(x, skips[-1].shape[-2:]) if isinstance(layer, Upsample) else \
-                layer(torch.cat([x, skips.pop()], dim=1), e)
+            if isinstance(layer, Upsample):
+                x = layer(x, skips[-1].shape[-2:])
+            else:
+                x = layer(torch.cat([x, skips.pop()], dim=1), e)  # (B, C * ch_mult[level], h / 2^level, w / 2^level)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, nz, h, w)
 
 
 def noise_embedding(c_noise, channels):
     """Cosines and sines of c_noise at `channels / 2` frequencies: (B,) -> (B, channels)."""
-    # Differs: LDM embeds DDPM's step, 0 to 999, with frequencies from 1 down to 1e-4. c_noise = ln(sigma) / 4
-    # spans 2.7 from sigma_min to sigma_max; times 100, what the network does changes smoothly with it.
+    # Differs: LDM embeds DDPM's step, 0 to 999, with frequencies from 1 down to 1e-4. c_noise = ln(sigma) / 4 spans
+    # only 2.7 from sigma_min to sigma_max, and EDM embeds it as it is. Times 100, levels are told apart, and close
+    # ones stay alike.
     half = channels // 2
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=c_noise.device))  # (channels / 2,)
     angle = 100 * c_noise.float()[:, None] * frequencies  # (B, channels / 2)
@@ -275,7 +278,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over all positions, 32 channels a head: (B, C, h, w) -> (B, C, h, w)."""
+    """Residual self-attention over all positions: (B, C, h, w) -> (B, C, h, w). One head for each 32 channels."""
 
     def __init__(self, channels):
         super().__init__()
@@ -369,9 +372,8 @@ class DiffusionTask:
 
     def drop(self, label):
         """Labels, a share of which (--class-dropout) becomes the label for none, for classifier-free guidance."""
-        quantile = torch.special.ndtri(torch.tensor(self.args.class_dropout)).item()  # randn is below it that often
-        none = torch.full_like(label, len(self.classes))
-        return torch.where(self.machine.randn(label.shape) < quantile, none, label)
+        uniform = torch.special.ndtr(self.machine.randn(label.shape))  # the machine's one noise is normal
+        return label.masked_fill(uniform < self.args.class_dropout, len(self.classes))
 
     @torch.no_grad()
     def report(self, step):

@@ -3032,7 +3032,8 @@ def test_mmd_of_gaussians_in_closed_form():
 
 def test_macs_are_those_of_the_reading_of_the_paper():
     counts = {name: evaluation.count_macs(build, 256) / 1e9 for name, build in evaluation.ENCODERS.items()}
-    assert counts == {"SD-VAE": pytest.approx(136.4, abs=0.05), "LiteVAE-S": pytest.approx(5.76, abs=0.005),
+    assert counts == {"SD-VAE": pytest.approx(136.4, abs=0.05), "LiteVAE-XS": pytest.approx(1.46, abs=0.005),
+                      "LiteVAE-S": pytest.approx(5.76, abs=0.005),
                       "LiteVAE-B": pytest.approx(37.8, abs=0.05), "LiteVAE-M": pytest.approx(224, abs=0.5),
                       "LiteVAE-L": pytest.approx(233, abs=0.5)}
 
@@ -3130,8 +3131,12 @@ def test_fid_of_saved_statistics(inception_file, tmp_path, capsys):
     a, b, s, m = tmp_path / "a.npz", tmp_path / "b.npz", covariance(2048, 50), np.zeros(2048)
     np.savez(a, mu=m, sigma=s)
     np.savez(b, mu=m + 0.1, sigma=s, n=5000, inception="random features")
+    assert run(evaluation, "fid", a, b, "--inception", "random") == 1  # pytorch-fid's are of the published weights
+    assert "cannot be compared" in capsys.readouterr().err
+    np.savez(a, mu=m, sigma=s, n=0, inception="random features")
     assert measured(tmp_path, "fid", a, a, "--inception", "random")["fid"] == pytest.approx(0, abs=1e-6)
     numbers = measured(tmp_path, "fid", a, b, "--inception", "random")
+    assert numbers["n"] is None
     assert numbers["fid"] == pytest.approx(20.48, rel=1e-5) and numbers["inception"] == "random features"
     out = capsys.readouterr().out
     assert "unknown" in out and "FID (random features)" in out and "5000" in out and "fewer than" not in out
