@@ -46,7 +46,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class HaarTransform(nn.Module):
-    """The orthonormal 2D Haar transform and its inverse; no parameters, any device; in float32, float64 stays.
+    """The orthonormal 2D Haar transform and its inverse: no parameters, any device, float32 (float64 for float64).
 
     Each 2x2 block of pixels  a b  becomes four numbers, one in each band:
                               c d
@@ -772,11 +772,9 @@ def load_features(modules, file):
                                 f"(loading it failed: {one_line(error)})") from None
 
 
-# Differs: taming-transformers and LDM halve both discriminator losses. Adam does not see that, clipping does.
-
-
 def hinge_d_loss(real, fake):
     """Hinge loss of the discriminator: max(0, 1 - real) + max(0, 1 + fake), averaged: two logits -> ()."""
+    # Differs: taming-transformers and LDM halve it, and the logistic loss. Adam does not see that, clipping does.
     return F.relu(1.0 - at_least_float32(real)).mean() + F.relu(1.0 + at_least_float32(fake)).mean()
 
 
