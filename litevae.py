@@ -211,6 +211,22 @@ def skip_connection(in_channels, out_channels):
     return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
 
+class Downsample2D(nn.Conv2d):
+    """Learned downsampling (App. G): (B, C, H, W) -> (B, C, H/scale_factor, W/scale_factor)."""
+
+    # Unspecified: what App. G's Downsample2D is. Paper: Table 3 prints 41.425 M parameters for L, which without
+    # weights here would have 41.422 M. Of the forms tried, only a convolution whose kernel and stride are the
+    # scale factor fits. It starts as the average over each patch.
+
+    def __init__(self, channels, scale_factor):
+        super().__init__(channels, channels, scale_factor, stride=scale_factor)
+
+    def reset_parameters(self):
+        identity = torch.eye(self.in_channels).view(self.in_channels, self.in_channels, 1, 1)
+        self.weight.data.copy_(identity / self.weight[0, 0].numel())  # (C, C, scale_factor, scale_factor)
+        nn.init.zeros_(self.bias)
+
+
 def upsample(x, size):
     """Nearest neighbours at `size`, in the precision of x: (B, C, H, W) -> (B, C, *size)."""
     with autocast_off(x):  # CUDA's autocast would return float32
@@ -299,9 +315,8 @@ class LiteVAEEncoder(nn.Module):
         super().__init__()
         self.wavelet_fn = HaarTransform()
         self.feature_extractor_L1, self.feature_extractor_L2, self.feature_extractor_L3 = extractors
-        # Unspecified: Downsample2D. Average pooling: the paper's counts leave it no parameters.
-        self.downsample_block_L1 = nn.AvgPool2d(4)
-        self.downsample_block_L2 = nn.AvgPool2d(2)
+        self.downsample_block_L1 = Downsample2D(12, 4)
+        self.downsample_block_L2 = Downsample2D(12, 2)
         self.feature_aggregator = aggregator
 
     def forward(self, image):
@@ -644,7 +659,7 @@ def build_decoder(latent_dim, channels, use_smc, output_type):
 @torch.no_grad()
 def initialise(module):
     """Convolutions keep the variance of their input; residual branches start at zero, as in ADM's code."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and not isinstance(module, Downsample2D):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -880,14 +895,14 @@ class DiscriminatorBlock(nn.Module):
 # `params` counts the encoder at latent_dim=4; the paper prints 1.03 M, 6.75 M, 32.75 M, 41.42 M (Tables 2, 3).
 # XS is not the paper's: half as wide as S, so that the sizes can be compared below S too.
 PRESETS = {
-    "XS": {"extractor": (8, (1, 2, 2)), "aggregator": (8, (1, 2, 2)), "params": 265_964},
-    "S": {"extractor": (16, (1, 2, 2)), "aggregator": (16, (1, 2, 2)), "params": 1_035_692},
-    "B": {"extractor": (32, (1, 2, 3)), "aggregator": (32, (1, 2, 3)), "params": 6_750_636},
-    "M": {"extractor": (64, (1, 2, 4)), "aggregator": (32, (1, 2, 3)), "params": 32_750_124},
-    "L": {"extractor": (64, (1, 2, 4)), "aggregator": (64, (1, 2, 4)), "params": 41_422_380},
+    "XS": {"extractor": (8, (1, 2, 2)), "aggregator": (8, (1, 2, 2)), "params": 268_868},
+    "S": {"extractor": (16, (1, 2, 2)), "aggregator": (16, (1, 2, 2)), "params": 1_038_596},
+    "B": {"extractor": (32, (1, 2, 3)), "aggregator": (32, (1, 2, 3)), "params": 6_753_540},
+    "M": {"extractor": (64, (1, 2, 4)), "aggregator": (32, (1, 2, 3)), "params": 32_753_028},
+    "L": {"extractor": (64, (1, 2, 4)), "aggregator": (64, (1, 2, 4)), "params": 41_425_284},
 }
 
-CHECKPOINT_FORMAT = "litevae-1"
+CHECKPOINT_FORMAT = "litevae-2"  # 1: before Downsample2D had weights
 
 # The classes that a config's "model" names, and functions that convert another project's file to a
 # checkpoint (or return None). Part II adds more.
@@ -946,6 +961,8 @@ def load_checkpoint(path, format=CHECKPOINT_FORMAT):
         if checkpoint["format"] == format:
             return checkpoint
         problem = f"its format is {checkpoint['format']}"
+        if checkpoint["format"].rpartition("-")[0] == format.rpartition("-")[0]:
+            problem += ": another version of this program wrote it, so train it anew"
     except pickle.UnpicklingError:
         problem = "it holds Python objects, which are not loaded"
     except Exception as error:  # zipfile and torch raise a dozen kinds for a dozen kinds of damage
@@ -1259,12 +1276,15 @@ def build_variant_encoder(size, latent_dim, extractor, shared_extractor, aggrega
         aggregate = ViTAggregator(levels * bands, 2 * latent_dim, resolution // 8, model_channels * ch_multiplies[-1])
     else:
         aggregate = LiteVAEUNetBlock(levels * bands, 2 * latent_dim, model_channels, ch_multiplies)
-    return TwoLevelEncoder([nn.Identity(), *extractors[1:]], aggregate) if last_two_levels else \
-        LiteVAEEncoder(extractors, aggregate)
+    return (TwoLevelEncoder if last_two_levels else LiteVAEEncoder)(extractors, aggregate)
 
 
 class TwoLevelEncoder(LiteVAEEncoder):
     """LiteVAE's encoder without the level of the highest resolution (Table 21): (B, 3, H, W) -> (B, 2 nz, h, w)."""
+
+    def __init__(self, extractors, aggregator):
+        super().__init__(extractors, aggregator)
+        self.feature_extractor_L1 = self.downsample_block_L1 = nn.Identity()
 
     def forward(self, image):
         _, dwt_L2, dwt_L3 = self.wavelets(image)

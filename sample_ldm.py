@@ -547,7 +547,7 @@ def cache_latents(path, dataset, vae, args, machine):
 # The autoencoder travels in the diffusion checkpoint, rather than its path and a checksum: latents mean
 # something to that very autoencoder alone, and files get moved, trained on and deleted. It adds 0.2 GB with
 # Stable Diffusion's decoder, where the state of the "ldm" network and its optimiser is 4.4 GB.
-LDM_FORMAT = "litevae-ldm-2"
+LDM_FORMAT = "litevae-ldm-3"
 
 
 def save_ldm(path, denoiser, ema, vae, classes, resolution, **extra):

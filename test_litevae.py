@@ -263,7 +263,7 @@ def test_unet_hands_each_decoder_block_the_matching_encoder_output():
 
 
 @pytest.mark.parametrize("latent_dim, totals", [
-    (4, {"XS": 265_964, "S": 1_035_692, "B": 6_750_636, "M": 32_750_124, "L": 41_422_380}),
+    (4, {"XS": 268_868, "S": 1_038_596, "B": 6_753_540, "M": 32_753_028, "L": 41_425_284}),
     (12, {"S": 1_038_012, "B": 6_755_260, "M": 32_754_748, "L": 41_431_612})])
 def test_encoder_parameter_counts(latent_dim, totals, capsys):
     litevae.main()
@@ -779,7 +779,7 @@ def change_config(path, **changes):
     litevae.write_checkpoint(path, {**checkpoint, "config": {**checkpoint["config"], **changes}})
 
 
-NO_CHECKPOINT = "{path} is no litevae-1 checkpoint, or it is damaged"
+NO_CHECKPOINT = "{path} is no litevae-2 checkpoint, or it is damaged"
 SPOILED = {  # what is done to a checkpoint, and the refusal
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:10_000]), NO_CHECKPOINT),
     "one bit": (flip_a_bit, NO_CHECKPOINT),
@@ -1933,20 +1933,20 @@ REFUSED = [  # a command, and words of its one sentence
     ("train.py --data {tmp}/broken --perceptual none", "can be read"),
     ("train.py --resume --out {tmp}/none", "no checkpoint at"),
     ("train.py --init {tmp}/none.pt", "no checkpoint at"),
-    ("train.py --init {tmp}/text.pt", "no litevae-1 checkpoint, or it is damaged"),
+    ("train.py --init {tmp}/text.pt", "no litevae-2 checkpoint, or it is damaged"),
     ("train.py --init {done}/checkpoint.pt --latent-dim 7", "--latent-dim 12, not one with"),
     ("train.py --resume --out {done} --decoder-channels 32 --steps 9", "--decoder-channels 8, not 32"),
     ("train.py --out {done}", "--resume"),
     ("train.py --resume --out {done}", "raise --steps"),
-    ("sample_ldm.py train --vae {tmp}/text.pt", "no litevae-1 checkpoint"),
-    ("sample_ldm.py train --vae {ldm}", "its format is litevae-ldm-2"),
+    ("sample_ldm.py train --vae {tmp}/text.pt", "no litevae-2 checkpoint"),
+    ("sample_ldm.py train --vae {ldm}", "its format is litevae-ldm-3"),
     ("sample_ldm.py train --vae {tmp}/othervae.pt", "not those of the model"),
     ("sample_ldm.py train --vae {vae} --noise-std 0", "--noise-std: must be a number above 0"),
     ("sample_ldm.py train --vae {vae} --class-cond --data {tmp}/two", "two or more"),
     ("sample_ldm.py train --vae {vae} --class-cond --data {classes} --val {tmp}/two", "in no folder"),
     ("sample_ldm.py train --vae {vae} --out {tmp}/run", "--resume"),
     ("sample_ldm.py train --resume --noise-mean 3 --out {tmp}/run", "keeps it"),
-    ("sample_ldm.py sample --ldm {vae}", "its format is litevae-1"),
+    ("sample_ldm.py sample --ldm {vae}", "its format is litevae-2"),
     ("sample_ldm.py sample --ldm {tmp}/unsized.pt", "no resolution"),
     ("sample_ldm.py sample --ldm {tmp}/other.pt", "not those of the model"),
     ("sample_ldm.py sample --ldm {tmp}/ema.pt", "not those of the model"),
@@ -1988,7 +1988,7 @@ def wrong_files(tmp_path_factory, vae_file, ldm_file):
         (tmp / name).write_text("nothing of the kind")
     np.savez(tmp / "small.npz", mu=np.zeros(5), sigma=np.eye(5))
     ldm, vae = torch.load(ldm_file), load_checkpoint(vae_file)
-    write(tmp / "bare.pt", {"format": "litevae-1"})
+    write(tmp / "bare.pt", {"format": "litevae-2"})
     save_checkpoint(tmp / "vit.pt", small_variant(aggregator="vit", resolution=16), args={"resolution": 16})
     write(tmp / "unsized.pt", {k: v for k, v in ldm.items() if k != "resolution"})
     write(tmp / "other.pt", {**ldm, "config": {**ldm["config"], "channels": 64}})
@@ -3212,7 +3212,7 @@ def test_cost_measures_every_encoder_and_its_ratios(precision, size, tmp_path, c
     monkeypatch.setattr(evaluation, "ENCODERS", {k: v for k, v in evaluation.ENCODERS.items() if k[-1] in "ES"})
     r = measured(tmp_path, "cost", "--resolution", 16, "--rounds", 3, "--batch-size", 1, "--precision", precision)
     sd, s = r["encoders"]["SD-VAE"], r["encoders"]["LiteVAE-S"]
-    assert (sd["params"], s["params"]) == (34_163_592, 1_035_692) and s["speedup"] > 1 and s["memory_ratio"] > 1
+    assert (sd["params"], s["params"]) == (34_163_592, 1_038_596) and s["speedup"] > 1 and s["memory_ratio"] > 1
     ratio = s["images_per_second"] / sd["images_per_second"]
     assert sd["speedup"] == 1 and s["speedup"] == pytest.approx(ratio, rel=0.5)
     assert s["quartiles"][0] <= s["images_per_second"] <= s["quartiles"][1]
