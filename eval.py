@@ -216,25 +216,29 @@ class FeatureStatistics:
     where the mean is large.
     """
 
-    def __init__(self, dim=2048):
-        self.n, self.mean, self.scatter = 0, np.zeros(dim), np.zeros((dim, dim))
+    def __init__(self):
+        self.n, self.centre, self.scatter = 0, 0.0, 0.0  # then tensors on the features' device: (D,), (D, D)
 
     def update(self, features):
-        """(B, dim)"""
-        x = features.cpu().double().numpy()
-        mean = x.mean(axis=0)
-        centred, delta = x - mean, mean - self.mean
+        """(B, D)"""
+        x = (features.cpu() if features.device.type == "mps" else features).double()  # MPS has no float64
+        mean = x.mean(dim=0)
+        centred, delta = x - mean, mean - self.centre
         total = self.n + len(x)
-        self.scatter += centred.T @ centred + np.outer(delta, delta * (self.n * len(x) / total))
-        self.mean += delta * (len(x) / total)
+        self.scatter = self.scatter + centred.T @ centred + torch.outer(delta, delta) * (self.n * len(x) / total)
+        self.centre = self.centre + delta * (len(x) / total)
         self.n = total
+
+    @property
+    def mean(self):
+        return self.centre.cpu().numpy()
 
     @property
     def covariance(self):
         """(dim, dim), divided by n - 1 as in numpy.cov. UsageError for a single image."""
         if self.n == 1:
             raise train.UsageError("FID needs at least 2 images that can be read, and there is 1")
-        return self.scatter / (self.n - 1)
+        return (self.scatter / (self.n - 1)).cpu().numpy()
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -806,7 +810,8 @@ class Images:
         """(B, 3, H, W) on the CPU; prints the files that cannot be read. UsageError if none can."""
         if batch_size is None:
             # A CPU's cache holds the feature maps of about 256x256 pixels: encoders are faster on no more.
-            batch_size = min(32, max(1, 2**16 // self.resolution**2)) if machine.device.type == "cpu" else 8
+            pixels, most = (2**16, 32) if machine.device.type == "cpu" else (2**22, 64)
+            batch_size = min(most, max(1, pixels // (self.resolution or 299)**2))
         loader = DataLoader(self, batch_size, num_workers=machine.workers(None), collate_fn=list,
                             worker_init_fn=train.ignore_signals)
         unreadable = 0
@@ -977,8 +982,8 @@ def build_parser():
         "images)")
     add("recon fid scale mmd classes", "--limit", **count, help="only the first N images (default: all, or 64 built-in "
         "ones)")
-    add("recon scale mmd", "--batch-size", **count, help="images at a time (default: 8; on a CPU as many as make "
-        "256x256 pixels)")
+    add("recon scale mmd", "--batch-size", **count, help="images at a time (default: 64, fewer above 256x256 "
+        "pixels; on a CPU as many as make 256x256 pixels)")
     add("recon fid scale", "--resize", choices=["bicubic", "bilinear"], default="bicubic", help="bicubic with "
         "antialiasing, as in training; bilinear without, as in LDM's evaluation and so the paper's (default: bicubic)")
     add("recon scale", "--lpips-net", choices=["vgg", "alex", "squeeze", "none"], default="vgg", help="LPIPS's "
@@ -994,7 +999,7 @@ def build_parser():
     add("fid", "a", metavar="A", help="folder of images, searched recursively, or .npz of statistics")
     add("fid", "b", metavar="B", nargs="?", help="what to compare it with; not needed with --save-stats")
     add("fid", "--save-stats", metavar="FILE.npz", type=output_file, help="save A's statistics (default: no)")
-    add("fid", "--batch-size", **count, default=16, help="images at a time (default: 16)")
+    add("fid", "--batch-size", **count, default=64, help="images at a time (default: 64)")
     add("fid", "--resolution", **side, help="centre squares of R x R pixels, as in training (default: whole images, "
         "each squashed to 299x299)")
     add("scale", "--vae", metavar="CKPT", default=[shipped], nargs="+", help="one or several checkpoints (default: the "

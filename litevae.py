@@ -151,6 +151,13 @@ def autocast_off(x):
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
+def unrounded(conv, x):
+    """conv(x) in the precision of its weights, also under autocast: for means, whose rounding to bf16 may exceed the
+    posterior's std."""
+    with autocast_off(x):
+        return conv(x.to(conv.weight.dtype))
+
+
 def group_norm(channels, min_channels=1):
     """GroupNorm: 32 groups, or the next smaller power of two that gives groups of min_channels or more."""
     # Differs: the pseudocode's 32 groups cannot divide LiteVAE-S's 16 channels, nor its 48-channel
@@ -184,8 +191,8 @@ class ResBlock(nn.Module):
         self.skip_connection = skip_connection(in_channels, out_channels)
 
     def forward(self, x):
-        h = self.conv_in(F.silu(self.norm_in(x), inplace=True))  # (B, out, H, W)
-        h = self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out, H, W)
+        h = self.conv_out(F.silu(self.norm_out(h)))
         h += self.skip_connection(x)
         return h
 
@@ -202,7 +209,7 @@ class ResBlockWithSMC(nn.Module):
 
     def forward(self, x):
         h = self.conv_in(F.silu(x))  # (B, out, H, W)
-        h = self.conv_out(F.silu(h, inplace=True))
+        h = self.conv_out(F.silu(h))
         h += self.skip_connection(x)
         return h
 
@@ -296,7 +303,7 @@ class LiteVAEUNetBlock(nn.Module):
         for block in self.decoder_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
             x = block(x)  # (B, model_channels * mult, H, W)
-        return self.out_layer(x)  # (B, out_channels, H, W)
+        return unrounded(self.out_layer, x)  # (B, out_channels, H, W)
 
 
 # --- 3  Encoder (Fig. 1, Tables 23 and 24) ------------------------------------------------------------
@@ -374,8 +381,7 @@ class SDResnetBlock(nn.Module):
 class SDAttnBlock(nn.Module):
     """Residual self-attention with one head over all positions: (B, C, h, w) -> (B, C, h, w).
 
-    scaled_dot_product_attention does not store the (hw, hw) matrix where the device has a kernel that
-    avoids it. With `use_smc` there is no GroupNorm: queries, keys, values and the output
+    The (hw, hw) matrix is not stored where the device has a kernel that avoids it. With `use_smc` there is no GroupNorm: queries, keys, values and the output
     are SMCs, and queries and keys are scaled to unit RMS.
     """
 
@@ -395,8 +401,9 @@ class SDAttnBlock(nn.Module):
     def forward(self, x):
         B, C, h, w = x.shape
         y = self.norm(x)
-        q, k, v = [f(y).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v)]  # (B, 1, hw, C)
-        if self.use_smc:
+        # Contiguous: with other strides CUDA takes the kernel that stores the (hw, hw) matrix.
+        q, k, v = [f(y).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for f in (self.q, self.k, self.v)]
+        if self.use_smc:  # q, k, v: (B, 1, hw, C)
             q = F.rms_norm(q, (C,)).to(v.dtype)
             k = F.rms_norm(k, (C,)).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, hw, C)
@@ -550,9 +557,9 @@ class Autoencoder(nn.Module):
         and ignored.
         """
         check_image(image)
-        moments = self.pre_conv(self.encoder(image))  # (B, 2 nz, h, w)
-        # Under autocast the moments arrive in bf16; the latent goes on in the weights' own precision.
-        return EncoderOutput(self.posterior(moments.to(self.dtype)))
+        moments = self.encoder(image).to(self.dtype)  # (B, 2 nz, h, w), in float32 also under autocast
+        with autocast_off(moments):
+            return EncoderOutput(self.posterior(self.pre_conv(moments)))
 
     def decode(self, latent, return_dict=True, generator=None):
         """(B, nz, h, w) -> named tuple with `.sample`, (B, 3, 8h, 8w), and `.wavelet`, (B, 12, 4h, 4w).
@@ -659,6 +666,7 @@ def build_decoder(latent_dim, channels, use_smc, output_type):
 @torch.no_grad()
 def initialise(module):
     """Convolutions keep the variance of their input; residual branches start at zero, as in ADM's code."""
+    # Differs: App. G starts the gain of every SMC at 1; here that of a residual branch's last SMC starts at 0.
     if isinstance(module, nn.Conv2d) and not isinstance(module, Downsample2D):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if module.bias is not None:
@@ -1060,7 +1068,7 @@ class SDVAEEncoder(nn.Module):
             if level < len(self.down) - 1:
                 x = stage.downsample.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only
         x = self.mid(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2 latent_dim, h, w)
+        return unrounded(self.conv_out, F.silu(self.norm_out(x)))  # (B, 2 latent_dim, h, w)
 
 
 # Unspecified: the layout of VAE-Small, of which the paper gives the 6.75 M parameters alone. No width of
@@ -1174,8 +1182,8 @@ class DWTEncoder(nn.Module):
     The four bands of level 3 (nz = 12), and with `higher_bands` also those of level 2 but L, by space-to-depth (48).
     """
 
-    # Paper: App. B, Tables 11 and 12. 48 = 12 + 4 * 9 says which "higher frequency sub-bands" DWT-2 adds: with
-    # level 1's nine, 16 times each, it would be 192.
+    # Paper: App. B, Tables 11 and 12. Unspecified: which "higher frequency sub-bands" DWT-2 adds. 12 of level 3 and
+    # level 2's nine, by space-to-depth, make its 48 channels; so would all twelve bands of level 2 alone.
 
     def __init__(self, higher_bands):
         super().__init__()
@@ -1379,7 +1387,7 @@ class ViTAggregator(nn.Module):
                              f"got {8 * h}x{8 * w}")
         x = self.in_layer(x).flatten(2).transpose(1, 2) + self.positions  # (B, hw, width)
         x = self.norm(self.blocks(x)).transpose(1, 2).reshape(B, -1, h, w)  # (B, width, h, w)
-        return self.out_layer(x)
+        return unrounded(self.out_layer, x)
 
 
 class ViTBlock(nn.Module):
@@ -1562,11 +1570,18 @@ class StyleGANBlock(nn.Module):
         self.conv_in = EqualizedConv2d(in_channels, in_channels, 3)
         self.conv_out = EqualizedConv2d(in_channels, out_channels, 3, stride=2, padding=0)
         self.skip_connection = EqualizedConv2d(in_channels, out_channels, 1, stride=2, bias=False)
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("taps", taps[:, None] * taps, persistent=False)  # (4, 4)
 
     def forward(self, x):
         h = scaled_leaky_relu(self.conv_in(x))
-        h = scaled_leaky_relu(self.conv_out(binomial_blur(h, 2)))  # (B, in, H + 1, W + 1) -> (B, out, H/2, W/2)
-        return (self.skip_connection(binomial_blur(x, 1)) + h) / math.sqrt(2)
+        h = scaled_leaky_relu(self.conv_out(self.blur(h, 2)))  # (B, in, H + 1, W + 1) -> (B, out, H/2, W/2)
+        return (self.skip_connection(self.blur(x, 1)) + h) / math.sqrt(2)
+
+    def blur(self, x, padding):
+        """By (1, 3, 3, 1) / 8 along both axes: (B, C, H, W) -> (B, C, H + 2 padding - 3, W + 2 padding - 3)."""
+        C = x.shape[1]
+        return F.conv2d(x, self.taps.to(x.dtype).expand(C, 1, 4, 4), padding=padding, groups=C)
 
 
 class EqualizedConv2d(nn.Conv2d):
@@ -1590,14 +1605,6 @@ class EqualizedConv2d(nn.Conv2d):
 def scaled_leaky_relu(x):
     """Leaky ReLU times sqrt(2), which about keeps the variance."""
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
-
-
-def binomial_blur(x, padding):
-    """Blur by (1, 3, 3, 1) / 8 along both axes: (B, C, H, W) -> (B, C, H + 2 padding - 3, W + 2 padding - 3)."""
-    C = x.shape[1]
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
-    kernel = (taps[:, None] * taps).expand(C, 1, 4, 4)
-    return F.conv2d(x, kernel, padding=padding, groups=C)
 
 
 def minibatch_stddev(x, group_size=4):

@@ -18,8 +18,8 @@ holds the autoencoder too, so sampling needs that one file. From top to bottom:
     7  Sampling images               sample, draw
     8  Options                       the two recipes, build_parser, main
 
-"EDM" is Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, which App. C
-follows; "LDM" is Rombach et al. 2022, whose UNet Sec. 5 uses. The axes: B latents, nz channels,
+"EDM" is Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models; "LDM" is Rombach
+et al. 2022, whose UNet and training the paper takes (Sec. 5, App. F). The axes: B latents, nz channels,
 h x w = H/8 x W/8 positions, C channels inside the network. sigma is the noise's standard deviation, (B,).
 """
 
@@ -45,8 +45,8 @@ from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoi
 # x_t = x + sigma(t) eps with eps ~ N(0, I), and EDM's choice sigma(t) = t: time is the noise level. The
 # data x are latents times one number, config.scaling_factor, which gives them the standard deviation
 # sigma_data = 1 over all channels: see encode and decode.
-# Differs: LDM, which the paper follows closely (App. F), trains on DDPM's 1000 discrete noise levels.
-# Here they are continuous, as in App. C's description.
+# Differs: the paper's diffusion models are trained as LDM's (App. F): on DDPM's 1000 discrete noise levels, to
+# predict the noise. Here objective, noise levels and samplers are EDM's, in whose notation App. C introduces diffusion.
 
 
 def preconditioning(sigma, sigma_data=1.0):
@@ -290,7 +290,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, h * w)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, hw, C / heads) each
+        # Contiguous: with other strides CUDA takes the kernel that stores the (hw, hw) matrix.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # (B, heads, hw, C / heads) each
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(y.transpose(-1, -2).reshape(B, C, h, w))
 
@@ -333,8 +334,8 @@ class DiffusionTask:
     def __init__(self, args, machine, denoiser, vae, held_out, classes=()):
         self.args, self.machine, self.held_out, self.skipped = args, machine, held_out, 0
         self.classes = list(classes)
-        self.vae = vae.to(machine.device, memory_format=machine.memory_format).eval().requires_grad_(False)
-        self.denoiser = denoiser.to(machine.device, memory_format=machine.memory_format).train()
+        self.vae = vae.to(machine.device).eval().requires_grad_(False)
+        self.denoiser = denoiser.to(machine.device).train()
         self.ema = train.EMA(self.denoiser, args.ema)
         self.optimizer = torch.optim.Adam(self.denoiser.parameters(), args.lr, (args.beta1, args.beta2), fused=True)
         if args.compile:
@@ -350,14 +351,14 @@ class DiffusionTask:
 
         # Encoding on the fly is what a light encoder buys: every epoch sees other crops.
         if args.cache_latents:
-            mean, std = items.to(machine.device).float().unbind(1)  # (B, nz, h, w) each
+            mean, std = items.to(machine.device, non_blocking=True).float().unbind(1)  # (B, nz, h, w) each
         else:
             with machine.autocast():
                 mean, std = encode(self.vae, machine.images(items))
         encoded = machine.now() if log else None
 
         x = mean + std * machine.randn(mean.shape)
-        label = self.drop(label.to(machine.device)) if self.classes else None
+        label = self.drop(label.to(machine.device, non_blocking=True)) if self.classes else None
         sigma = noise_levels(machine.randn((len(x),)), args.noise_mean, args.noise_std)
         with machine.autocast():
             loss = diffusion_loss(self.parallel, x, sigma, machine.randn(x.shape), label)
@@ -596,7 +597,7 @@ def sample(args):
     height, width = args.size or (checkpoint["resolution"], checkpoint["resolution"])
     machine = train.Machine(args.device, args.precision)
     for module in (denoiser, vae):
-        module.to(machine.device, memory_format=machine.memory_format).eval().requires_grad_(False)
+        module.to(machine.device).eval().requires_grad_(False)
     churn = {"churn": args.churn, "churn_min": args.churn_range[0], "churn_max": args.churn_range[1],
              "churn_noise": args.churn_noise} if args.churn else {}
     # On a CPU the decoder's feature maps leave the cache in larger batches.
@@ -642,7 +643,7 @@ def sample(args):
 def draw(denoiser, vae, machine, noise, h, w, steps=18, label=None, guidance=1.0, **churn):
     """Images, (B, 3, 8h, 8w), about [-1, 1], on the CPU, from an ImageNoise; `churn` goes to stochastic_sampler."""
     shape = (denoiser.net.config.latent_dim, h, w)
-    randn = lambda: noise(shape).to(machine.device).contiguous(memory_format=machine.memory_format)  # noqa: E731
+    randn = lambda: noise(shape).to(machine.device)  # noqa: E731
     sigmas, denoise = sigma_schedule(steps), guided(denoiser, label, guidance)
     with machine.autocast():
         x = sigmas[0] * randn()  # (B, nz, h, w)
@@ -684,8 +685,8 @@ QUICK_START = dict(
     COMMON, model="quick", class_cond=True, cache_latents=True, steps=2000, batch_size=64, noise_mean=-0.5,
     noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=100, lr_decay=0.5, ema=0.998, save_every=500, log_every=20)
 
-# What --data runs. Unspecified: all of it ("we closely follow Rombach et al.", App. F). Noise levels are EDM2's for
-# latents (Karras et al. 2024), ln sigma of mean -0.4 at sigma_data = 0.5.
+# What --data runs. Differs: App. F follows LDM (on FFHQ 635,000 steps of 42 images at 8.4e-5), with DDPM's noise
+# levels. Noise levels are EDM2's for latents (Karras et al. 2024), ln sigma of mean -0.4 at sigma_data = 0.5.
 DATA = dict(
     COMMON, model="small", class_cond=False, cache_latents=False, steps=30_000, batch_size=128, noise_mean=0.3,
     noise_std=1.0, lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay=0.0, ema=0.9999, save_every=2_000,

@@ -305,7 +305,7 @@ class AutoencoderTask:
     def __init__(self, args, machine, vae, held_out, perceptual=None, discriminator=None):
         self.args, self.machine, self.held_out, self.skipped = args, machine, held_out, 0
         betas = (args.beta1, args.beta2)
-        self.vae = vae.to(machine.device, memory_format=machine.memory_format).train()
+        self.vae = vae.to(machine.device).train()
         self.ema = EMA(self.vae, args.ema)
         self.optimizer = torch.optim.Adam(self.vae.parameters(), args.lr, betas, fused=True)
         self.perceptual = perceptual and perceptual.to(machine.device)
@@ -313,7 +313,7 @@ class AutoencoderTask:
         self.g_loss, self.d_loss = ADVERSARIAL[args.adv_loss]
         self.discriminator, self.d_optimizer = discriminator, None
         if discriminator:
-            discriminator.to(machine.device, memory_format=machine.memory_format).train()
+            discriminator.to(machine.device).train()
             self.d_optimizer = torch.optim.Adam(discriminator.parameters(), args.lr, betas, fused=True)
             self.d_parallel = machine.parallel(discriminator)
         if args.compile:
@@ -914,15 +914,13 @@ class Machine:
         if cuda:
             torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
             torch.backends.cudnn.benchmark = True
-        self.memory_format = torch.channels_last if cuda else torch.contiguous_format
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def images(self, batch):
         """(B, 3, H, W) uint8 from the loader -> float in [-1, 1] on the device."""
-        batch = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
-        return batch.float() / 127.5 - 1
+        return batch.to(self.device, non_blocking=True).float() / 127.5 - 1
 
     def workers(self, asked):
         """How many processes load images: `asked`, if it is not None."""
@@ -936,8 +934,10 @@ class Machine:
         From torch's CPU generator, which `fit` seeds alike in every process before each step.
         """
         rows = shape[0]
-        noise = torch.randn((rows * self.world, *shape[1:]))
-        return noise[self.rank * rows:(self.rank + 1) * rows].to(self.device, non_blocking=True)
+        noise = torch.randn((rows * self.world, *shape[1:]))[self.rank * rows:(self.rank + 1) * rows]
+        if self.device.type == "cuda":
+            noise = noise.pin_memory()  # a copy from other memory waits for the GPU
+        return noise.to(self.device, non_blocking=True)
 
     def parallel(self, module):
         """`module`, with gradients averaged over the processes if there are several."""
