@@ -191,8 +191,8 @@ class ResBlock(nn.Module):
         self.skip_connection = skip_connection(in_channels, out_channels)
 
     def forward(self, x):
-        h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out, H, W)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_in(silu(self.norm_in(x)))  # (B, out, H, W)
+        h = self.conv_out(silu(self.norm_out(h)))
         h += self.skip_connection(x)
         return h
 
@@ -209,9 +209,14 @@ class ResBlockWithSMC(nn.Module):
 
     def forward(self, x):
         h = self.conv_in(F.silu(x))  # (B, out, H, W)
-        h = self.conv_out(F.silu(h))
+        h = self.conv_out(silu(h))
         h += self.skip_connection(x)
         return h
+
+
+def silu(x):
+    """SiLU; x is overwritten where no gradients are wanted, which spares a pass over memory."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def skip_connection(in_channels, out_channels):
