@@ -3,9 +3,9 @@
     pip install -r requirements.txt pytest PyWavelets scikit-image diffusers spandrel pytorch-fid pytest-xdist
     python -m pytest -n 2
 
-No network, no GPU. What a test compares with is an oracle (PyWavelets, diffusers, spandrel, lpips, pytorch-fid,
-scikit-image, scipy, torchvision, torch.distributions), the paper's equation written out as a loop, or a value worked
-out by hand.
+No network; a GPU only for the tests named cuda, which are skipped without one. What a test compares with is an oracle
+(PyWavelets, diffusers, spandrel, lpips, pytorch-fid, scikit-image, scipy, torchvision, torch.distributions), the
+paper's equation written out as a loop, or a value worked out by hand.
 """
 
 import os
@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where cores are scarce, t
 
 import argparse
 import ast
+import contextlib
 import copy
 import csv
 import functools
@@ -103,6 +104,7 @@ EVERYWHERE = ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--res
 TINY = {train: [*EVERYWHERE, "--decoder-channels", "8", "--batch-size", "2"],
         sample_ldm: ["train", *EVERYWHERE, "--no-class-cond", "--no-cache-latents", "--batch-size", "4"]}
 GAN = ["--discriminator", "unet", "--disc-channels", "8", "--disc-start", "4", "--disc-warmup", "2"]
+DISC = ["--disc-channels", "8", "--disc-start", "1", "--disc-warmup", "1"]
 NO_METRICS = ["--no-fid", "--lpips-net", "none"]
 
 
@@ -122,9 +124,9 @@ def resumed(out, *options, script=train):
     return rows(out), checkpoint_of(out)
 
 
-def measured(folder, *args):
+def measured(folder, *args, device="cpu"):
     """The numbers that a command of eval.py writes."""
-    assert run(evaluation, *args, "--device", "cpu", "--json", folder / "r.json") == 0
+    assert run(evaluation, *args, "--device", device, "--json", folder / "r.json") == 0
     return json.loads((folder / "r.json").read_text())
 
 
@@ -343,29 +345,6 @@ def test_norms_have_as_many_groups_as_divide_and_the_decoders_have_at_least_four
         assert norms and all(m.num_channels // m.num_groups >= 4 for m in norms)
 
 
-class CUDAAutocast(torch.overrides.TorchFunctionMode):
-    """On a CPU what CUDA's autocast does: group_norm and upsampling get and return float32."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.group_norm, F.interpolate) and torch.is_autocast_enabled("cpu"):
-            args = [a.float() if torch.is_tensor(a) else a for a in args]
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("use_smc", [False, True])
-def test_decoder_keeps_bf16_inside_and_float32_at_the_image(use_smc):
-    decoder = randomise(SDVAEDecoder(4, 16, use_smc=use_smc), 0.02)
-    z, kept = torch.randn(2, 4, 4, 6), []
-    exact = decoder(z)
-    with CUDAAutocast(), torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            image = decoder(z)
-    assert image.dtype == torch.float32 and not torch.equal(image, image.bfloat16().float())
-    assert (image - exact).abs().max() < 0.05 * exact.abs().max()  # bf16's rounding, some forty layers deep
-    maps = [t.dtype for t in kept if t.shape[2:] == (16, 24)]  # of the last stage but one
-    assert len(maps) > 10 and set(maps) == {torch.bfloat16}
-
-
 def test_attention_of_the_smc_decoder_is_bounded():
     """Queries and keys of unit RMS: logits are at most sqrt(C), however large the features."""
     plain = randomise(litevae.SDAttnBlock(8, use_smc=True))
@@ -428,14 +407,19 @@ def test_every_size_takes_the_smallest_images(size, shape):
     assert all(p.grad.isfinite().all() for p in vae.parameters())
 
 
-def test_vae_under_bf16_autocast_stays_near_float32_and_trains():
-    vae = small_vae()
+@pytest.mark.parametrize("use_smc", [False, True])
+def test_vae_under_bf16_autocast_stays_near_float32_and_trains(use_smc):
+    vae = randomise(small_vae(use_smc=use_smc), 0.02)
     x, noise = image_batch(2, 3, 32, 32), torch.randn(2, 4, 4, 4)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = vae(x, noise=noise)
-    assert out.latent.dtype == out.kl_reg.dtype == torch.float32
-    assert (out.sample.float() - vae(x, noise=noise).sample).abs().mean() < 0.02
     autoencoder_loss(out, x)[0].backward()
+
+    assert out.latent.dtype == out.kl_reg.dtype == torch.float32
+    for ends in (out.latent_dist.mean, out.sample):  # computed in float32, not rounded to bf16 before
+        assert not torch.equal(ends, ends.bfloat16().float())
+    assert (out.sample - vae(x, noise=noise).sample).abs().mean() < 0.02
     assert all(p.grad.isfinite().all() for p in vae.parameters())
 
 
@@ -2138,17 +2122,40 @@ def test_the_discriminators_loss_counts_from_a_quarter_or_at_once_after_a_traine
     trained(tmp_path / "d", *start, "--discriminator", "none")
 
 
-def test_a_step_waits_for_the_device_at_most_once(tmp_path):
-    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
-        count = 0
+class Waits(torch.overrides.TorchFunctionMode):
+    """Notes the calls that would wait for a GPU, because they bring numbers from it to the CPU."""
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.aten._local_scalar_dense.default
-            return function(*args, **(kwargs or {}))
-    task, batch = prepared(*GAN, "--disc-start", 0, "--steps", 9, "--out", tmp_path / "a")
-    with Reads() as reads:
-        task.step(batch, 3, False)
-    assert reads.count <= 1
+    names = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__format__",
+             "__array__", "is_nonzero", "nonzero", "equal", "allclose"}
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.__name__
+        goes = name == "to" and any(isinstance(a, str) for a in (*args[1:], *kwargs.values()))  # to("cpu")
+        if goes or name in self.names:
+            self.calls.append(name)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("script, options", [
+    (train, ["--discriminator", "unet", *DISC]), (train, ["--adaptive-weight", "--discriminator", "unet", *DISC]),
+    (train, ["--weight-ldl", 1, "--discriminator", "stylegan", *DISC, "--batch-size", 4]), (sample_ldm, [])])
+def test_a_step_waits_for_the_device_at_most_once(script, options, tmp_path, monkeypatch, tiny_ldm):
+    task = {train: train.AutoencoderTask, sample_ldm: sample_ldm.DiffusionTask}[script]
+    step, seen = task.step, []
+
+    def watched(*how):
+        with Waits() as waits:
+            values = step(*how)
+        seen.append(waits.calls)
+        return values
+    monkeypatch.setattr(task, "step", watched)
+    trained(tmp_path / "a", *options, "--steps", 3, script=script)
+
+    assert seen == 3 * [["tolist"]]  # all gradient norms are read together
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -2233,7 +2240,6 @@ def test_out_of_memory_and_optimiser_state_of_another_shape_are_one_sentence(tmp
 
 # --- train.py: what the paper compares with -----------------------------------------------------------
 
-DISC = ["--disc-channels", "8", "--disc-start", "1", "--disc-warmup", "1"]
 COMPARED = {  # options, the class of the autoencoder, what eval.py calls it
     "sd-vae": (["--model", "sd-vae"], "SDVAE", "SD-VAE,"),
     "vae-small": (["--model", "vae-small"], "SDVAE", "VAE-Small,"),
@@ -3404,6 +3410,242 @@ def test_without_a_checkpoint_the_shipped_model_is_taken_and_its_folder_left_alo
     assert checkpoint["classes"] == list(train.SHAPES) and checkpoint["resolution"] == 64
     assert len(pixels(tmp_path / "runs" / "ldm" / "samples" / "images")) == 2
     assert sorted(train.TRAINED.parent.iterdir()) == before
+
+
+# --- A GPU's rules, without a GPU ---------------------------------------------------------------------
+# Fake tensors have a device, a shape and a dtype, but no numbers. What runs on fake CUDA tensors is refused where CUDA
+# would refuse it, reading a number is refused too, and results have the dtypes that CUDA's autocast gives.
+
+
+class FakeGPU(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the dtypes that group norms and upsampling return, copies between CPU and GPU, and attention's strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.copies, self.strides = [], [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        if name in ("native_group_norm", "upsample_nearest2d"):
+            self.inside.append((out[0] if name == "native_group_norm" else out).dtype)
+        if name in ("_to_copy", "copy_"):
+            source = args[name == "copy_"]
+            if source.device.type != out.device.type:
+                self.copies.append(f"{source.device.type} to {out.device.type}")
+        return out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake GPU under bf16 autocast: `with gpu:` watches what is computed on it."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this build of torch does not know CUDA's rules")
+    torch._C._ensureCUDADeviceGuardSet()
+    watch, attention = FakeGPU(), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v: watch.strides.extend(t.stride(-1) for t in (q, k, v)) or attention(q, k, v))
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True), torch.set_autocast_dtype("cuda", torch.bfloat16)
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        yield watch
+    torch.set_autocast_enabled("cuda", before[0]), torch.set_autocast_dtype("cuda", before[1])
+
+
+def assert_float32_on_the_gpu(*tensors):
+    assert {(t.device.type, t.dtype) for t in tensors} == {("cuda", torch.float32)}
+
+
+AUTOENCODERS = {**{size: functools.partial(small_vae, size=size) for size in PRESETS}, **VARIANTS,
+                "smc": lambda: small_vae(use_smc=True), "wavelet": lambda: small_vae(output_type="wavelet"),
+                "1x1": lambda: small_vae(use_1x1_conv=True)}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoders_on_a_gpu_are_bf16_inside_and_float32_at_their_ends(name, gpu):
+    with torch.device("cuda"):
+        vae, image = AUTOENCODERS[name](), torch.zeros(2, 3, 16, 16)
+
+    with gpu:
+        moments, output = vae.encoder(image), vae(image)
+
+    d = output.latent_dist
+    assert_float32_on_the_gpu(moments, *output[:4], d.mean, d.logvar, d.std)
+    *inside, last = gpu.inside  # the decoder's norm_out, where there is one, is in float32
+    assert set(inside) == {torch.bfloat16} and last == (torch.bfloat16 if vae.config.use_smc else torch.float32)
+    assert gpu.copies == [] and set(gpu.strides) == {1}
+
+
+@pytest.mark.parametrize("build", [lambda: UNetDiscriminator(8), lambda: litevae.PatchDiscriminator(8),
+                                   lambda: litevae.StyleGANDiscriminator(32, 8)], ids=["unet", "patchgan", "stylegan"])
+def test_discriminators_on_a_gpu_copy_nothing_and_their_losses_are_float32(build, gpu):
+    with torch.device("cuda"):
+        discriminator, images = build(), torch.zeros(8, 3, 32, 32)
+
+    with gpu:
+        real, fake = [discriminator(batch) for batch in images.chunk(2)]
+        losses = [loss for g_loss, d_loss in train.ADVERSARIAL.values()
+                  for loss in (discriminator_loss(real, fake, d_loss), *map(g_loss, fake))]
+
+    assert_float32_on_the_gpu(*losses)
+    assert gpu.copies == [] and set(gpu.inside) <= {torch.bfloat16}
+
+
+def test_losses_and_metrics_of_bf16_images_on_a_gpu_are_float32(gpu, monkeypatch):
+    monkeypatch.setattr(litevae, "load_features", lambda *where: None)  # weights stay random
+    with torch.device("cuda"):
+        vae, x, discriminator = small_vae(), torch.zeros(2, 3, 32, 32), UNetDiscriminator(8)
+        perceptual, esrgan = LPIPS(), litevae.ESRGANPerceptual()
+    perceptual.net.scaling_layer.to("cuda")  # lpips builds its buffers on the CPU
+
+    results = []
+    with gpu:
+        output, logits = vae(x), discriminator(x)
+        y, w = output.sample.bfloat16(), output.wavelet.bfloat16()
+        for context in (contextlib.nullcontext(), litevae.autocast_off(x)):  # within autocast, and as train.py has it
+            with context:
+                total, terms = autoencoder_loss(output._replace(sample=y, wavelet=w), x, perceptual=perceptual,
+                                                fake_logits=logits)
+                results += [total, *terms.values(), perceptual(y, x), esrgan(y, x), litevae.ldl_loss(y, x, y),
+                            output.latent_dist.kl(), train.psnr(y, x), evaluation.ssim(y, x)]
+
+    assert terms.keys() == {*litevae.LOSS_WEIGHTS, "recon"} and gpu.copies == []
+    assert_float32_on_the_gpu(*results)
+
+
+def test_fid_and_mmd_on_a_gpu_are_computed_there(gpu, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: 0.0)  # fake tensors have no numbers
+    with torch.device("cuda"):
+        inception, x = evaluation.InceptionV3().eval(), torch.zeros(4, 3, 32, 32)
+    statistics = evaluation.FeatureStatistics()
+
+    with gpu, litevae.autocast_off(x):  # as eval.py measures
+        features = inception(train.to_pixels(x))
+        statistics.update(features), statistics.update(features)
+        distances = evaluation.mmd2(features, features, [1.0, 2.0])
+
+    assert_float32_on_the_gpu(features)
+    assert gpu.copies == [] and len(distances) == 2
+    assert statistics.n == 8 and {statistics.centre.device.type, statistics.scatter.device.type} == {"cuda"}
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_diffusion_on_a_gpu_is_bf16_inside_and_float32_at_its_ends(scale_shift, gpu):
+    with torch.device("cuda"):
+        vae, unet = small_vae(), sample_ldm.UNet(4, 32, (1, 2), 1, (1,), scale_shift, classes=2)
+        image, noise, label = torch.zeros(2, 3, 24, 24), torch.zeros(2, 4, 3, 3), torch.zeros(2, dtype=torch.long)
+    denoiser, sigmas = sample_ldm.Denoiser(unet), sample_ldm.sigma_schedule(3)
+
+    with gpu:
+        mean, std = sample_ldm.encode(vae, image)
+        sigma = sample_ldm.noise_levels(noise[:, 0, 0, 0], 0.0, 1.0)
+        loss = sample_ldm.diffusion_loss(denoiser, mean + std * noise, sigma, noise, label)
+        denoise = sample_ldm.guided(denoiser, label, 2.0)
+        samples = [sample_ldm.heun_sampler(denoise, noise, sigmas),
+                   sample_ldm.stochastic_sampler(denoise, noise, sigmas, lambda: noise)]
+        image = sample_ldm.decode(vae, samples[0])
+
+    assert_float32_on_the_gpu(mean, std, sigma, loss, *samples, image)
+    *inside, last = gpu.inside
+    assert set(inside) == {torch.bfloat16} and last == torch.float32  # the decoder's norm_out
+    assert gpu.copies == [] and set(gpu.strides) == {1}
+
+
+# --- On a GPU -----------------------------------------------------------------------------------------
+# `python -m pytest -k cuda` runs these alone, in float32 without TF32 unless a test says otherwise.
+
+DEVICE = "cuda"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Both devices compute float32 as float32."""
+    set_precision, before = torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: set_precision("highest"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    set_precision(before)
+
+
+def assert_same_curve(a, b, *names):
+    """The logs of two runs hold the same values but for rounding."""
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for name in names:
+        expected = [pytest.approx(float(row[name] or 0), rel=2e-3, abs=1e-4) for row in a]
+        assert [float(row[name] or 0) for row in b] == expected, name
+
+
+CURVES = {  # a script, options, columns of its log
+    "smc and wavelets": (train, [], ["loss", "l1", "kl"]),
+    "group norm and discriminator": (train, ["--no-use-smc", "--output-type", "image", "--discriminator", "unet",
+                                             *DISC], ["loss", "adv", "d_loss"]),
+    "diffusion": (sample_ldm, [], ["loss"])}
+
+
+@needs_cuda
+def test_the_shipped_model_reconstructs_on_cuda_as_on_the_cpu(exact):
+    x = held_out_images(4, 64)
+
+    images = []
+    for device in ("cpu", DEVICE):
+        machine = evaluation.exact_machine(device)
+        vae = LiteVAE.from_checkpoint(train.TRAINED).to(machine.device, memory_format=machine.memory_format)
+        images.append(vae(x.to(machine.device), sample=False).sample.cpu())
+
+    assert (images[0] - images[1]).abs().max() < 1e-3
+
+
+@needs_cuda
+@pytest.mark.parametrize("case", CURVES)
+def test_three_steps_on_cuda_have_the_losses_of_the_cpu(case, tmp_path, tiny_ldm, exact):
+    script, options, names = CURVES[case]
+
+    logs = [trained(tmp_path / out, *options, "--steps", 3, "--device", device, script=script)[0]
+            for out, device in (("a", "cpu"), ("b", DEVICE))]
+
+    assert_same_curve(*logs, *names)
+
+
+@needs_cuda
+@pytest.mark.parametrize("case", CURVES)
+def test_a_run_that_visits_cuda_equals_one_on_the_cpu(case, tmp_path, tiny_ldm, exact):
+    script, options, names = CURVES[case]
+
+    expected, _ = trained(tmp_path / "a", *options, "--steps", 6, script=script)
+    trained(tmp_path / "b", *options, "--steps", 2, script=script)
+    resumed(tmp_path / "b", "--steps", 4, "--device", DEVICE, script=script)
+    found, _ = resumed(tmp_path / "b", "--steps", 6, "--device", "cpu", script=script)
+
+    assert_same_curve(expected, found, *names)
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", ["unet", "patchgan", "stylegan", "unet --compile"])
+def test_bf16_trains_on_cuda_with_every_discriminator(options, tmp_path):
+    log, _ = trained(tmp_path / "a", *DISC, "--discriminator", *options.split(), "--precision", "bf16",
+                     "--resolution", 32, "--batch-size", 4, "--device", DEVICE, "--steps", 3)
+
+    assert all(math.isfinite(float(row[name])) for row in log[1:] for name in ("loss", "adv", "d_loss"))
+    assert math.isfinite(float(log[-1]["psnr"])) and log[-1]["skipped"] == "0"
+
+
+@needs_cuda
+@pytest.mark.parametrize("churn", [[], ["--churn", 40]], ids=["Heun", "stochastic"])
+def test_samples_on_cuda_are_the_cpus(churn, ldm_file, tmp_path, exact):
+    expected, found = [draw_samples(ldm_file, tmp_path / str(i), "-n", 4, "--device", device, *churn)
+                       for i, device in enumerate(("cpu", DEVICE))]
+
+    assert near(expected, found, most=3)
+
+
+@needs_cuda
+def test_recon_on_cuda_has_the_numbers_of_the_cpu(folder, vae_file, inception_file, vgg, tmp_path, exact):
+    options = ["recon", "--vae", vae_file, "--data", folder, "--inception", inception_file, "--out", tmp_path / "r.png"]
+
+    expected, found = [measured(tmp_path, *options, device=device) for device in ("cpu", DEVICE)]
+
+    for name in ("n", "psnr", "ssim", "lpips", "rfid"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-2 if name == "rfid" else 1e-3), name
 
 
 # --- Results ------------------------------------------------------------------------------------------
