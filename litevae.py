@@ -386,8 +386,8 @@ class SDResnetBlock(nn.Module):
 class SDAttnBlock(nn.Module):
     """Residual self-attention with one head over all positions: (B, C, h, w) -> (B, C, h, w).
 
-    The (hw, hw) matrix is not stored where the device has a kernel that avoids it. With `use_smc` there is no GroupNorm: queries, keys, values and the output
-    are SMCs, and queries and keys are scaled to unit RMS.
+    The (hw, hw) matrix is not stored where the device has a kernel that avoids it. With `use_smc` there is no
+    GroupNorm: queries, keys, values and the output are SMCs, and queries and keys are scaled to unit RMS.
     """
 
     def __init__(self, channels, use_smc=False):
