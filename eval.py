@@ -43,7 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import train
-from litevae import LPIPS, PRESETS, LiteVAE, SDVAEEncoder, build_encoder, gaussian_blur, load_checkpoint, one_line
+from litevae import (LPIPS, PRESETS, HaarTransform, LiteVAE, SDVAEEncoder, build_encoder, gaussian_blur,
+                     load_checkpoint, one_line)
 
 # --- 1  Reconstruction (Table 1) ----------------------------------------------------------------------
 # PSNR, SSIM and LPIPS are computed for each image, then averaged over images. All three see outputs clamped to the
@@ -542,10 +543,10 @@ def cost(args):
 
 
 def latents(args):
-    """Latents as pictures (Figs. 2 and 4), and the mean, std and largest value of each channel.
+    """What LiteVAE does to an image (Figs. 1, 2 and 4), and the mean, std and largest value of each latent channel.
 
-    The picture shows images, their first three latent channels as RGB, and reconstructions. Needs only a
-    checkpoint. Seconds.
+    The picture shows, from left to right, the image, its three wavelet levels, the first three latent channels as
+    RGB, and the reconstruction. Needs only a checkpoint. Seconds.
     """
     vae, x, z = encode_pictures(args, built_in=8)
     y = vae.decode(z).sample
@@ -561,10 +562,23 @@ def latents(args):
     rgb = 2 * (z[:, :channels].float() - low) / (high - low).clamp_min(1e-8) - 1
     rgb = F.interpolate(rgb.expand(-1, 3, -1, -1), scale_factor=8, mode="nearest")  # (B, 3, R, R)
     out = picture(args, args.vae, "latents.png")
-    train.save_grid(out, [list(row) for row in zip(x, rgb, y)])
-    print(f"Inputs, latents (channels 0, 1, 2 as red, green, blue), reconstructions: {out}")
+    train.save_grid(out, [list(row) for row in zip(x, wavelet_picture(x), rgb, y)])
+    print(f"Images, wavelets, latents (channels 0, 1, 2 as red, green, blue), reconstructions: {out}")
     return {"n": len(x), "mean": mean.tolist(), "std": std.tolist(), "largest": largest.tolist(),
             "resolution": x.shape[2]}
+
+
+def wavelet_picture(image):
+    """The three wavelet levels, each in the upper left quarter of the one before: (B, 3, H, W) -> (B, 3, H, W).
+
+    Each level shows L V above H D, on the scale of the pixels; H, V and D, which are small, four times as strong.
+    """
+    levels = HaarTransform().cascade(image)
+    picture = levels[-1][:, :3] / 8  # (B, 3, h, w), L of level 3
+    for level, bands in reversed(list(enumerate(levels, 1))):
+        _, h, v, d = (bands / 2**level).chunk(4, dim=1)  # (B, 3, H / 2^level, W / 2^level) each
+        picture = torch.cat([torch.cat([picture, 4 * v], dim=3), torch.cat([4 * h, 4 * d], dim=3)], dim=2)
+    return picture
 
 
 def features(args):

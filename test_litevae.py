@@ -387,7 +387,7 @@ def test_vae_shapes_gradients_and_wavelets(output_type, use_smc, use_1x1_conv):
     x = image_batch(2, 3, 24, 40)
     out = vae(x)
     assert out.sample.shape == x.shape and out.wavelet.shape == (2, 12, 12, 20) and out.latent.shape == (2, 4, 3, 5)
-    assert torch.allclose(out.wavelet, HaarTransform().dwt(out.sample) / 2, atol=1e-6)
+    assert torch.allclose(out.wavelet, HaarTransform().dwt(out.sample) / 2, atol=1e-6 * out.sample.abs().max().item())
     assert out.kl_reg.item() == pytest.approx(out.latent_dist.kl().mean().item())
     (out.sample.square().sum() + out.kl_reg).backward()
     assert [n for n, p in vae.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
@@ -3247,13 +3247,19 @@ def test_throughput_is_measured_in_turns():
 def test_latents_show_what_they_measure(vae_file, folder, tmp_path):
     files, vae = readable(folder)[:2], LiteVAE.from_checkpoint(vae_file)
     numbers = measured(tmp_path, "latents", "--vae", vae_file, *files, "--resolution", 64, "--out", tmp_path / "l.png")
+    x = torch.stack([load_square(f, 64) for f in files]) / 127.5 - 1
     with torch.no_grad():
-        z = vae.encode(torch.stack([load_square(f, 64) for f in files]) / 127.5 - 1).latent_dist.mode()
+        z = vae.encode(x).latent_dist.mode()
     assert numbers["mean"] == pytest.approx(z.mean(dim=(0, 2, 3)).tolist(), rel=1e-3, abs=1e-5)
     assert numbers["std"] == pytest.approx(z.std(dim=(0, 2, 3)).tolist(), rel=1e-3)
     picture = np.asarray(Image.open(tmp_path / "l.png")).astype(float)
-    assert picture.shape == (2 * 130 - 2, 3 * 130 - 2, 3)
-    shown, red = picture[:128, 130:258, 0][::16, ::16], z[0, 0].numpy()  # channel 0 as red, squares of 16
+    assert picture.shape == (2 * 130 - 2, 4 * 130 - 2, 3)
+    wavelets = torch.from_numpy(picture[:128, 130:258][::2, ::2]).permute(2, 0, 1) / 127.5 - 1
+    _, h, v, d = HaarTransform().dwt(x[:1])[0].chunk(4)  # level 1, twice the pixels' scale
+    assert torch.allclose(wavelets[:, :8, :8], F.avg_pool2d(x[0], 8).double(), atol=0.01)
+    for part, band in ((wavelets[:, :32, 32:], v), (wavelets[:, 32:, :32], h), (wavelets[:, 32:, 32:], d)):
+        assert torch.allclose(part, (2 * band).clamp(-1, 1).double(), atol=0.01)
+    shown, red = picture[:128, 260:388, 0][::16, ::16], z[0, 0].numpy()  # channel 0 as red, squares of 16
     inner = (shown > 0) & (shown < 255)
     assert inner.sum() > 40 and np.corrcoef(shown[inner], red[inner])[0, 1] > 0.999
     assert measured(tmp_path, "latents", "--vae", vae_file, files[0])["resolution"] == 32  # that of training
