@@ -1428,7 +1428,7 @@ def adaptive_weight(recon, adv, last_layer, delta=1e-4, average=lambda gradient:
     `recon` and `adv` are losses, (), whose graph is kept; `last_layer` is the decoder's last weight; `average`
     averages a gradient over the processes that share a batch.
     """
-    # Unspecified: where the gradients are taken, delta, and a ceiling. As in taming-transformers.
+    # Unspecified: where the gradients are taken, here and in Figure 7, delta, and a ceiling. As in taming-transformers.
     g_recon, g_adv = gradient_norms((recon, adv), last_layer, average)
     return 0.5 * (g_recon / (g_adv + delta)).clamp(max=1e4)
 

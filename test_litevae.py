@@ -773,6 +773,9 @@ SPOILED = {  # what is done to a checkpoint, and the refusal
     "of something else": (lambda path: torch.save({"state_dict": {}}, path), NO_CHECKPOINT),
     "a pickled object": (lambda path: torch.save(small_vae(), path), NO_CHECKPOINT),  # never executed
     "missing": (lambda path: path.unlink(), "no checkpoint at {path}"),
+    "of an older version": (
+        lambda path: litevae.write_checkpoint(path, {**load_checkpoint(path), "format": "litevae-1"}),
+        "its format is litevae-1: another version of this program wrote it, so train it anew"),
     # It says one thing and holds another.
     "shapes": (lambda path: change_config(path, latent_dim=5),
                r"out_layer.weight has shape \(8, 16, 3, 3\), .* wants \(10, "),
