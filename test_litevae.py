@@ -2056,7 +2056,7 @@ RECIPES = [
         weight_perceptual=1, weight_wavelet=1, weight_gaussian=0.5, weight_adv=0.1, weight_ldl=0, seed=0)),
     (train, "QUICK_START", dict(
         size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True, resolution=48, batch_size=4,
-        steps=2980, lr=2.5e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, clip=1, ema=0.99, perceptual="none",
+        steps=1490, lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, clip=1, ema=0.99, perceptual="none",
         discriminator="none", weight_l1=1, weight_kl=1e-4, weight_wavelet=0.1, weight_gaussian=0, seed=0)),
     (sample_ldm, "QUICK_START", dict(
         model="quick", steps=2000, batch_size=64, noise_mean=-0.5, noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99,
@@ -3394,7 +3394,7 @@ def test_the_shipped_model_is_small_and_reconstructs_as_well_as_the_readme_says(
     assert vae.name == "LiteVAE-S" and vae.dtype == torch.float32 and vae.config.latent_dim == 12
     x = held_out_images(8, 64)
     out = vae(x, sample=False)
-    assert train.psnr(out.sample, x).mean().item() == pytest.approx(25.68, abs=0.3)  # of all 64: 26.12 in the README
+    assert train.psnr(out.sample, x).mean().item() == pytest.approx(24.04, abs=0.3)  # of all 64: 25.37 in the README
     assert (out.latent * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.15)  # it is that of 96x96
 
 
