@@ -3288,8 +3288,8 @@ def test_latents_of_fewer_than_three_channels_are_grey(tmp_path):
     save_checkpoint(tmp_path / "c.pt", small_vae(latent_dim=1))
     measured(tmp_path, "latents", "--vae", tmp_path / "c.pt", "--resolution", 32)  # of built-in images
     picture = np.asarray(Image.open(tmp_path / "latents.png")).astype(int)
-    assert picture.shape == (8 * 130 - 2, 3 * 130 - 2, 3)
-    assert (picture[:, 130:258].max(-1) == picture[:, 130:258].min(-1)).all()
+    assert picture.shape == (8 * 130 - 2, 4 * 130 - 2, 3)
+    assert (picture[:, 260:388].max(-1) == picture[:, 260:388].min(-1)).all()
 
 
 def test_small_batches_are_the_default_on_a_cpu():
