@@ -236,7 +236,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self):
-        """(dim, dim), divided by n - 1 as in numpy.cov. UsageError for a single image."""
+        """(D, D), divided by n - 1 as in numpy.cov. UsageError for a single image."""
         if self.n == 1:
             raise train.UsageError("FID needs at least 2 images that can be read, and there is 1")
         return (self.scatter / (self.n - 1)).cpu().numpy()
@@ -825,7 +825,7 @@ class Images:
         if batch_size is None:
             # A CPU's cache holds the feature maps of about 256x256 pixels: encoders are faster on no more.
             pixels, most = (2**16, 32) if machine.device.type == "cpu" else (2**22, 64)
-            batch_size = min(most, max(1, pixels // (self.resolution or 299)**2))
+            batch_size = min(most, max(1, pixels // self.resolution**2))
         loader = DataLoader(self, batch_size, num_workers=machine.workers(None), collate_fn=list,
                             worker_init_fn=train.ignore_signals)
         unreadable = 0
@@ -858,8 +858,8 @@ def exact_machine(device, precision="fp32"):
     machine = train.Machine(device, precision)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    if machine.device.type != "mps":
-        machine.memory_format = torch.channels_last  # on a CPU it spares each convolution two reorderings
+    # On a CPU channels_last spares each convolution two reorderings.
+    machine.memory_format = torch.contiguous_format if machine.device.type == "mps" else torch.channels_last
     return machine
 
 

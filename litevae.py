@@ -152,8 +152,8 @@ def autocast_off(x):
 
 
 def unrounded(conv, x):
-    """conv(x) in the precision of its weights, also under autocast: for means, whose rounding to bf16 may exceed the
-    posterior's std."""
+    """conv(x) in the precision of its weights, also under autocast."""
+    # For the posterior's means: rounding them to bf16 may change them by more than the posterior's std.
     with autocast_off(x):
         return conv(x.to(conv.weight.dtype))
 

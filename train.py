@@ -1165,8 +1165,8 @@ def dead_leaves(size, rng):
     invariance of natural images (Lee, Mumford & Huang 2001). Noise on the leaves keeps the amplitude spectrum near
     1/f (Field 1987). Clutter, shapes, contrast, white balance and saturation are drawn once an image.
 
-    Green to magenta is stronger than in photographs, where it has 2 % of luminance's variance: half as strong again on
-    the leaves, and four times in the white balance. Without that, short runs would not learn it.
+    Colours are stronger than in photographs, where green to magenta has 2 % of luminance's variance and short runs do
+    not learn it. It is 1.5 times as strong on the leaves and 4 times in the white balance, red to blue 1.5 times there.
     """
     # The leaves: a few large ones first (ground, sky, walls), then radii r with p(r) ~ r^-3, small ones last.
     r_min, r_max = np.exp(rng.uniform(np.log(1.2), np.log(14))), 0.8 * size
