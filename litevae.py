@@ -611,7 +611,7 @@ class Autoencoder(nn.Module):
 class LiteVAE(Autoencoder):
     """LiteVAE (App. G): wavelet encoder, Gaussian latent, Stable Diffusion decoder.
 
-    size              "S", "B", "M", "L" (Tables 23 and 24) or "XS": the encoder, see PRESETS
+    size              "S", "B", "M" or "L" (Tables 23 and 24): the encoder, see PRESETS
     latent_dim        nz, channels of the latent; the paper uses 4 and 12
     decoder_channels  the decoder's width at full resolution; 128 is Stable Diffusion's
     use_smc           SMC instead of GroupNorm in the decoder (Sec. 4.2, Table 4)
@@ -906,9 +906,7 @@ class DiscriminatorBlock(nn.Module):
 
 # Paper: Tables 23 and 24, (model_channels, ch_multiplies) of the three extractors and of the aggregator.
 # `params` counts the encoder at latent_dim=4; the paper prints 1.03 M, 6.75 M, 32.75 M, 41.42 M (Tables 2, 3).
-# XS is not the paper's: half as wide as S, so that the sizes can be compared below S too.
 PRESETS = {
-    "XS": {"extractor": (8, (1, 2, 2)), "aggregator": (8, (1, 2, 2)), "params": 268_868},
     "S": {"extractor": (16, (1, 2, 2)), "aggregator": (16, (1, 2, 2)), "params": 1_038_596},
     "B": {"extractor": (32, (1, 2, 3)), "aggregator": (32, (1, 2, 3)), "params": 6_753_540},
     "M": {"extractor": (64, (1, 2, 4)), "aggregator": (32, (1, 2, 3)), "params": 32_753_028},
@@ -1013,7 +1011,7 @@ def one_line(error):
 
 def main():
     """Print each size's parameter count beside the paper's."""
-    paper = {"XS": "-", "S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}
+    paper = {"S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}
     print("encoder      extractor (3x)     aggregator         parameters    paper (Tables 2, 3)")
     for size, preset in PRESETS.items():
         with torch.device("meta"):  # nothing is allocated
@@ -1274,6 +1272,8 @@ def build_variant_encoder(size, latent_dim, extractor, shared_extractor, aggrega
     if extractor not in ("unet", "nafnet") or aggregator not in ("unet", "vit"):
         raise ValueError('extractor must be "unet" or "nafnet" and aggregator "unet" or "vit", '
                          f"got {extractor!r} and {aggregator!r}")
+    if extractor == "nafnet" and size not in NAFNETS:
+        raise ValueError(f"the NAFNet extractor has the sizes {' and '.join(NAFNETS)}, got {size!r}")
     if (aggregator == "vit") != (resolution is not None):
         raise ValueError("the ViT aggregator needs the resolution of its images, and no other part does")
     bands, preset = 12, PRESETS[size]
@@ -1308,9 +1308,9 @@ class TwoLevelEncoder(LiteVAEEncoder):
         return self.feature_aggregator(features)
 
 
-# Unspecified: NAFNet's size. (channels, blocks): as wide as the UNet's widest blocks, and as many as come nearest
-# to its parameters, so that Table 18 compares kinds of network: S, B and M have 261,900, 1,712,844 and 10,333,964.
-NAFNETS = {"XS": (16, 27), "S": (32, 31), "B": (96, 25), "M": (256, 22), "L": (256, 22)}
+# Unspecified: NAFNet's size. (channels, blocks): as wide as the UNet's widest blocks. The number of blocks brings it
+# nearest to the UNet's parameters, so that Table 18 compares kinds of network: S has 261,900, B 1,712,844.
+NAFNETS = {"S": (32, 31), "B": (96, 25)}
 
 
 class NAFNetExtractor(nn.Module):

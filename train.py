@@ -165,7 +165,7 @@ OPTIONS = {
     "Tables 1, 2, 11, 12, 13 and 22: the autoencoder": {
         "model": (["litevae", "sd-vae", "vae-small", "dwt", "dwt-2"], "LiteVAE; Stable Diffusion's; that with a small "
                   "encoder; a wavelet transform and a decoder"),
-        "size": (list(PRESETS), "LiteVAE's encoder, Tables 23 and 24; XS is half as wide as S"),
+        "size": (list(PRESETS), "LiteVAE's encoder, Tables 23 and 24"),
         "latent_dim": (positive_int, "channels of the latent; dwt has 12, dwt-2 has 48"),
         "decoder_channels": (positive_int, "width of the decoder; 128 is Stable Diffusion's"),
         "output_type": (["image", "wavelet"], "what the decoder predicts")},
