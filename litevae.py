@@ -12,10 +12,10 @@ turns the latent back into an image. From top to bottom:
     5  The autoencoder            App. G               DiagonalGaussianDistribution, Autoencoder, LiteVAE
     6  Losses                     Eq. 1, Sec. 4.3      one function each, autoencoder_loss, discriminator_loss, LPIPS
     7  Discriminator              Sec. 4.3             UNetDiscriminator
-    8  Presets and checkpoints    App. F               PRESETS, save_checkpoint, load_checkpoint
+    8  Presets and checkpoints    App. F               PRESETS, save_checkpoint, load_checkpoint, released_sd_vae
 
     Part II: what the paper compares LiteVAE with. Part I does not use it and runs without it.
-    9  Baselines                  Tabs. 2, 3, 11-13    SDVAE, released_sd_vae, DWTVAE
+    9  Baselines                  Tabs. 2, 3, 11-13    SDVAE, DWTVAE
    10  Other encoder parts        Tabs. 18-21          LiteVAEVariant, NAFNetExtractor, ViTAggregator
    11  Other losses               Tabs. 8, 14-16       adaptive_weight, ESRGANPerceptual, ldl_loss, logistic_d_loss
    12  Other discriminators       Tab. 10              PatchDiscriminator, StyleGANDiscriminator
@@ -29,6 +29,7 @@ and why;  # Unspecified:  the paper is silent, the choice, and why.
     python litevae.py        prints the sizes with their parameter counts
 """
 
+import json
 import os
 import pickle
 import warnings
@@ -915,10 +916,8 @@ PRESETS = {
 
 CHECKPOINT_FORMAT = "litevae-2"  # 1: before Downsample2D had weights
 
-# The classes that a config's "model" names, and functions that convert another project's file to a
-# checkpoint (or return None). Part II adds more.
+# The class that a config's "model" names. Part II adds more.
 MODELS = {"litevae": LiteVAE}
-IMPORTERS = []
 
 
 class CheckpointError(ValueError):
@@ -956,7 +955,7 @@ def write_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, format=CHECKPOINT_FORMAT):
-    """The dict that was written to `path`, on the CPU; or what an importer makes of another project's file.
+    """The dict that was written to `path`, on the CPU; of a released Stable Diffusion autoencoder, such a dict.
 
     FileNotFoundError if there is no such file, CheckpointError if it is damaged or no checkpoint of this `format`.
     """
@@ -964,25 +963,80 @@ def load_checkpoint(path, format=CHECKPOINT_FORMAT):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
+        content = read_tensors(path)
+        if content.get("format") == format:
+            return content
+        if format == CHECKPOINT_FORMAT and "format" not in content:
+            return released_sd_vae(content)
+        problem = f"its format is {content.get('format')}"
+    except pickle.UnpicklingError:
+        problem = "it holds more than tensors, numbers and strings, and Python objects are not loaded"
+    except Exception as error:  # zipfile and torch raise a dozen kinds for a dozen kinds of damage
+        problem = one_line(error)
+    raise CheckpointError(f"{path} is no {format} checkpoint, or it is damaged ({problem})")
+
+
+def read_tensors(path):
+    """What torch.save wrote to `path`, without Python objects, whose code would run; or {name: tensor} of safetensors."""
+    with open(path, "rb") as file:
+        if file.read(9)[8:] == b"{":
+            return read_safetensors(file)
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch.load does not look at the archive's checksums
         if broken is not None:
             raise ValueError(f"the checksum of {broken} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] == format:
-            return checkpoint
-        problem = f"its format is {checkpoint['format']}"
-        if checkpoint["format"].rpartition("-")[0] == format.rpartition("-")[0]:
-            problem += ": another version of this program wrote it, so train it anew"
-    except pickle.UnpicklingError:
-        problem = "it holds Python objects, which are not loaded"
-    except Exception as error:  # zipfile and torch raise a dozen kinds for a dozen kinds of damage
-        problem = one_line(error)
-    for importer in IMPORTERS if format == CHECKPOINT_FORMAT else ():
-        checkpoint = importer(path)
-        if checkpoint is not None:
-            return checkpoint
-    raise CheckpointError(f"{path} is no {format} checkpoint, or it is damaged ({problem})")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_safetensors(file):
+    """{name: tensor}: the file is the header's length in 8 bytes, a header in JSON, and the numbers."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    file.seek(0)
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    numbers = bytearray(file.read())
+    tensors = {}
+    for name, entry in header.items():
+        if entry.get("dtype") in dtypes:
+            start, end = entry["data_offsets"]
+            tensor = torch.frombuffer(numbers[start:end], dtype=dtypes[entry["dtype"]])
+            tensors[name] = tensor.view(entry["shape"])
+    return tensors
+
+
+# diffusers' names for parts of its AutoencoderKL -> the released checkpoints'. The last four are of older files.
+DIFFUSERS_NAMES = {
+    "mid_block.resnets.0.": "mid.block_1.", "mid_block.resnets.1.": "mid.block_2.", "resnets.": "block.",
+    "mid_block.attentions.0.": "mid.attn_1.", "group_norm.": "norm.",
+    "down_blocks.": "down.", "downsamplers.0.": "downsample.", "upsamplers.0.": "upsample.",
+    "up_blocks.0.": "up.3.", "up_blocks.1.": "up.2.", "up_blocks.2.": "up.1.", "up_blocks.3.": "up.0.",
+    "conv_shortcut.": "nin_shortcut.", "conv_norm_out.": "norm_out.",
+    "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "proj_out.",
+    "query.": "q.", "key.": "k.", "value.": "v.", "proj_attn.": "proj_out.",
+}
+
+
+def released_sd_vae(content):
+    """The {name: tensor} of a released Stable Diffusion autoencoder (kl-f8) as a checkpoint of this project.
+
+    Names are CompVis's, bare or behind "first_stage_model." in a whole diffusion model, or diffusers'. ValueError for
+    another network. (SDXL's has the same layout: for that set `config.scaling_factor` to 0.13025.)
+    """
+    state = {}
+    for name, tensor in content.get("state_dict", content).items():
+        name = name.removeprefix("first_stage_model.")
+        # CompVis's files also hold a discriminator, LPIPS, EMA weights or a whole diffusion model.
+        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+            for theirs, ours in DIFFUSERS_NAMES.items():
+                name = name.replace(theirs, ours)
+            linear = ".attn_1." in name and tensor.ndim == 2  # a 1x1 convolution here
+            state[name] = tensor[:, :, None, None] if linear else tensor
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"} <= state.keys():
+        raise ValueError("it holds no Stable Diffusion autoencoder either")
+    # 0.18215 is what Stable Diffusion multiplies these latents by.
+    config = {"model": "sd-vae", "latent_dim": state["decoder.conv_in.weight"].shape[1],
+              "decoder_channels": len(state["decoder.norm_out.weight"]), "scaling_factor": 0.18215}
+    return {"format": CHECKPOINT_FORMAT, "config": config, "model": state}
 
 
 def load_weights(build, weights):
@@ -1029,8 +1083,7 @@ if __name__ == "__main__":
 # ======================================================================================================
 # Each is a flag of train.py and trains; the README has a row for each table, with the commands.
 
-import json  # noqa: E402  Part I needs neither
-import math  # noqa: E402
+import math  # noqa: E402  Part I does not need it
 
 
 # --- 9  Baselines (Tables 2, 3, 11 to 13) -------------------------------------------------------------
@@ -1107,76 +1160,6 @@ class SDVAE(Autoencoder):
     pre_conv = property(lambda self: self.quant_conv)
     post_conv = property(lambda self: self.post_quant_conv)
     name = property(lambda self: {"sd-vae": "SD-VAE", "vae-small": "VAE-Small"}[self.config.model])
-
-
-# diffusers' names for parts of its AutoencoderKL -> the released checkpoints'. The last four are of older files.
-DIFFUSERS_NAMES = {
-    "mid_block.resnets.0.": "mid.block_1.", "mid_block.resnets.1.": "mid.block_2.", "resnets.": "block.",
-    "mid_block.attentions.0.": "mid.attn_1.", "group_norm.": "norm.",
-    "down_blocks.": "down.", "downsamplers.0.": "downsample.", "upsamplers.0.": "upsample.",
-    "up_blocks.0.": "up.3.", "up_blocks.1.": "up.2.", "up_blocks.2.": "up.1.", "up_blocks.3.": "up.0.",
-    "conv_shortcut.": "nin_shortcut.", "conv_norm_out.": "norm_out.",
-    "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "proj_out.",
-    "query.": "q.", "key.": "k.", "value.": "v.", "proj_attn.": "proj_out.",
-}
-
-
-def released_sd_vae(path):
-    """A released Stable Diffusion autoencoder (kl-f8) as a checkpoint of this project, or None if `path` holds none.
-
-    CompVis's names, bare or behind "first_stage_model." in a whole diffusion model, or diffusers'; written by torch
-    or as safetensors, in any precision. (SDXL's has the same layout: for that set `config.scaling_factor` to 0.13025.)
-    """
-    state = {}
-    for name, tensor in read_tensors(path).items():
-        name = name.removeprefix("first_stage_model.")
-        # CompVis's files also hold a discriminator, LPIPS, EMA weights or a whole diffusion model.
-        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
-            for theirs, ours in DIFFUSERS_NAMES.items():
-                name = name.replace(theirs, ours)
-            linear = ".attn_1." in name and tensor.ndim == 2  # a 1x1 convolution here
-            state[name] = tensor[:, :, None, None] if linear else tensor
-    if not {"encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"} <= state.keys():
-        return None
-    # 0.18215 is what Stable Diffusion multiplies these latents by.
-    config = {"model": "sd-vae", "latent_dim": state["decoder.conv_in.weight"].shape[1],
-              "decoder_channels": len(state["decoder.norm_out.weight"]), "scaling_factor": 0.18215}
-    return {"format": CHECKPOINT_FORMAT, "config": config, "model": state}
-
-
-class Placeholder(dict):
-    """What the Python objects in other projects' checkpoints become. None of their code is run."""
-
-    __init__ = __setstate__ = lambda self, *args, **kwargs: None
-
-
-def read_tensors(path):
-    """{name: tensor} of a file by torch, its "state_dict" if it has one, or of a .safetensors; {} if it is neither."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(9)[8:] == b"{":
-                return read_safetensors(file)
-        foreign = []
-        if zipfile.is_zipfile(path):
-            if zipfile.ZipFile(path).testzip() is not None:
-                return {}
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Placeholder, name) for name in foreign]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content.get("state_dict", content)
-        return {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
-    except Exception:  # a damaged file, or one of another kind
-        return {}
-
-
-def read_safetensors(file):
-    """{name: tensor}: the file is the header's length in 8 bytes, a header in JSON, and the numbers."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    file.seek(0)
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    numbers = bytearray(file.read())
-    return {name: torch.frombuffer(numbers[slice(*entry["data_offsets"])], dtype=dtypes[entry["dtype"]])
-            .view(entry["shape"]) for name, entry in header.items() if entry.get("dtype") in dtypes}
 
 
 class DWTEncoder(nn.Module):
@@ -1416,7 +1399,6 @@ class ViTBlock(nn.Module):
 
 
 MODELS |= {"litevae-variant": LiteVAEVariant, "sd-vae": SDVAE, "vae-small": SDVAE, "dwt": DWTVAE, "dwt-2": DWTVAE}
-IMPORTERS += [released_sd_vae]
 
 
 # --- 11  Other losses (Eq. 2, Tables 8 and 14 to 16) --------------------------------------------------
