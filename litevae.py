@@ -16,7 +16,7 @@ turns the latent back into an image. From top to bottom:
 
     Part II: what the paper compares LiteVAE with. Part I does not use it and runs without it.
     9  Baselines                  Tabs. 2, 3, 11-13    SDVAE, DWTVAE
-   10  Other encoder parts        Tabs. 18-21          LiteVAEVariant, NAFNetExtractor, ViTAggregator
+   10  Other encoder parts        Tabs. 18-21          build_variant_encoder, NAFNetExtractor, ViTAggregator
    11  Other losses               Tabs. 8, 14-16       adaptive_weight, ESRGANPerceptual, ldl_loss, logistic_d_loss
    12  Other discriminators       Tab. 10              PatchDiscriminator, StyleGANDiscriminator
 
@@ -324,6 +324,8 @@ class LiteVAEEncoder(nn.Module):
 
     # Differs: the pseudocode runs level 2 through level 1's extractor; the parameter counts need three.
 
+    about = ""  # of Part II's encoders, what is different in them
+
     def __init__(self, extractors, aggregator):
         super().__init__()
         self.wavelet_fn = HaarTransform()
@@ -353,6 +355,10 @@ def build_encoder(size="B", latent_dim=4):
     bands = 12  # L, H, V, D of three colours
     return LiteVAEEncoder([LiteVAEUNetBlock(bands, bands, *extractor) for _ in range(3)],
                           LiteVAEUNetBlock(3 * bands, 2 * latent_dim, *aggregator))
+
+
+# What builds the encoder of a LiteVAE, by its config's "model". Part II adds a line.
+ENCODERS = {"litevae": build_encoder}
 
 
 # --- 4  Decoder (Sec. 4.1: "the same decoder network as in SD-VAE") -----------------------------------
@@ -594,8 +600,7 @@ class Autoencoder(nn.Module):
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint.get("model")
-        config = checkpoint.get("config")
-        return load_weights(lambda: MODELS[config.get("model", "litevae")](**config), weights).to(device).eval()
+        return load_weights(lambda: build_autoencoder(checkpoint.get("config")), weights).to(device).eval()
 
     def fuse(self):
         """Fold every SMC into a plain convolution, in place, for inference; returns self. Same output."""
@@ -620,26 +625,28 @@ class LiteVAE(Autoencoder):
                       inverse transform, which is exact, does the last upsampling
     use_1x1_conv      1x1 convolutions around the latent (App. D.2; Table 17 finds them harmful)
     scaling_factor    what diffusion multiplies latents by to bring them to unit variance; train.py measures it
-    build_encoder     a function of size and latent_dim; Part II passes others
+    model, parts      one of ENCODERS, and its options
     """
 
     def __init__(self, size="B", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
-                 use_1x1_conv=False, scaling_factor=1.0, build_encoder=build_encoder):
+                 use_1x1_conv=False, scaling_factor=1.0, model="litevae", **parts):
         if size not in PRESETS:
             raise ValueError(f"size must be one of {', '.join(PRESETS)}, got {size!r}")
         # The decoder first: one seed gives the same initial decoder for every encoder.
         decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        encoder = build_encoder(size, latent_dim).apply(initialise)
+        encoder = ENCODERS[model](size, latent_dim, **parts).apply(initialise)
         super().__init__(encoder, decoder, Config(
             size=size, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
             output_type=output_type, use_1x1_conv=use_1x1_conv, scaling_factor=scaling_factor))
+        if model != "litevae":
+            self.config.update(model=model, **parts)
         conv = nn.Conv2d if use_1x1_conv else nn.Identity  # nn.Identity ignores its arguments
         self.pre_conv = conv(2 * latent_dim, 2 * latent_dim, 1).apply(initialise)
         self.post_conv = conv(latent_dim, latent_dim, 1).apply(initialise)
         # Photographs' wavelets are small: with this gain the means start with a std of about 1/2.
         initialise_posterior(self.pre_conv if use_1x1_conv else encoder.feature_aggregator.out_layer, gain=4.0)
 
-    name = property(lambda self: f"LiteVAE-{self.config.size}")  # as printed: LiteVAE-B
+    name = property(lambda self: f"LiteVAE-{self.config.size}{self.encoder.about}")  # as printed: LiteVAE-B
 
 
 def check_image(image):
@@ -918,6 +925,12 @@ CHECKPOINT_FORMAT = "litevae-2"  # 1: before Downsample2D had weights
 
 # The class that a config's "model" names. Part II adds more.
 MODELS = {"litevae": LiteVAE}
+
+
+def build_autoencoder(config):
+    """The autoencoder, untrained, that a config describes: the dict in a checkpoint, or {"size": "S"}."""
+    return MODELS[config.get("model", "litevae")](**config)
+
 
 
 class CheckpointError(ValueError):
@@ -1225,33 +1238,15 @@ class DWTVAE(Autoencoder):
 # --- 10  Other encoder parts (Tables 18 to 21) --------------------------------------------------------
 
 
-class LiteVAEVariant(LiteVAE):
-    """LiteVAE with other parts in its encoder (App. D.3 to D.6).
+def build_variant_encoder(size, latent_dim, extractor="unet", shared_extractor=False, aggregator="unet",
+                          last_two_levels=False, resolution=None):
+    """LiteVAE's encoder with other parts (App. D.3 to D.6): `LiteVAE("B", model="litevae-variant", extractor="nafnet")`.
 
     extractor          "unet", or "nafnet" (Table 18)
     shared_extractor   one extractor reads all levels (Table 19)
     aggregator         "unet", or "vit" (Table 20), which takes images of `resolution` x `resolution` alone
     last_two_levels    the extractors read levels 2 and 3 only (Table 21)
-    the other arguments are LiteVAE's
     """
-
-    def __init__(self, *, model="litevae-variant", extractor="unet", shared_extractor=False, aggregator="unet",
-                 last_two_levels=False, resolution=None, **arguments):
-        parts = dict(extractor=extractor, shared_extractor=shared_extractor, aggregator=aggregator,
-                     last_two_levels=last_two_levels, resolution=resolution)
-        super().__init__(**arguments, build_encoder=lambda size, nz: build_variant_encoder(size, nz, **parts))
-        self.config.update(model=model, **parts)
-
-    @property
-    def name(self):
-        c = self.config
-        parts = {"NAFNet extractor": c.extractor == "nafnet", "shared extractor": c.shared_extractor,
-                 "ViT aggregator": c.aggregator == "vit", "last two levels": c.last_two_levels}
-        return f"{super().name} ({', '.join(part for part, there in parts.items() if there)})"
-
-
-def build_variant_encoder(size, latent_dim, extractor, shared_extractor, aggregator, last_two_levels, resolution):
-    """LiteVAE's encoder with other parts; the arguments are LiteVAEVariant's."""
     if extractor not in ("unet", "nafnet") or aggregator not in ("unet", "vit"):
         raise ValueError('extractor must be "unet" or "nafnet" and aggregator "unet" or "vit", '
                          f"got {extractor!r} and {aggregator!r}")
@@ -1262,17 +1257,24 @@ def build_variant_encoder(size, latent_dim, extractor, shared_extractor, aggrega
     bands, preset = 12, PRESETS[size]
 
     def extract():
-        return NAFNetExtractor(bands, *NAFNETS[size]) if extractor == "nafnet" else \
-            LiteVAEUNetBlock(bands, bands, *preset["extractor"])
+        if extractor == "nafnet":
+            return NAFNetExtractor(bands, *NAFNETS[size])
+        return LiteVAEUNetBlock(bands, bands, *preset["extractor"])
     extractors = 3 * [extract()] if shared_extractor else [extract() for _ in range(3)]
 
     levels = 2 if last_two_levels else 3
     model_channels, ch_multiplies = preset["aggregator"]
     if aggregator == "vit":
-        aggregate = ViTAggregator(levels * bands, 2 * latent_dim, resolution // 8, model_channels * ch_multiplies[-1])
+        width = model_channels * ch_multiplies[-1]
+        aggregate = ViTAggregator(levels * bands, 2 * latent_dim, resolution // 8, width)
     else:
         aggregate = LiteVAEUNetBlock(levels * bands, 2 * latent_dim, model_channels, ch_multiplies)
-    return (TwoLevelEncoder if last_two_levels else LiteVAEEncoder)(extractors, aggregate)
+
+    encoder = (TwoLevelEncoder if last_two_levels else LiteVAEEncoder)(extractors, aggregate)
+    parts = {"NAFNet extractor": extractor == "nafnet", "shared extractor": shared_extractor,
+             "ViT aggregator": aggregator == "vit", "last two levels": last_two_levels}
+    encoder.about = f" ({', '.join(part for part, there in parts.items() if there)})"
+    return encoder
 
 
 class TwoLevelEncoder(LiteVAEEncoder):
@@ -1398,7 +1400,8 @@ class ViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-MODELS |= {"litevae-variant": LiteVAEVariant, "sd-vae": SDVAE, "vae-small": SDVAE, "dwt": DWTVAE, "dwt-2": DWTVAE}
+ENCODERS |= {"litevae-variant": build_variant_encoder}
+MODELS |= {"litevae-variant": LiteVAE, "sd-vae": SDVAE, "vae-small": SDVAE, "dwt": DWTVAE, "dwt-2": DWTVAE}
 
 
 # --- 11  Other losses (Eq. 2, Tables 8 and 14 to 16) --------------------------------------------------

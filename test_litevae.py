@@ -57,7 +57,7 @@ import litevae
 import sample_ldm
 import train
 from litevae import (LPIPS, PRESETS, SDVAE, SMC, DiagonalGaussianDistribution, HaarTransform, LiteVAE,
-                     LiteVAEUNetBlock, LiteVAEVariant, MidBlock2D, ResBlock, ResBlockWithSMC, SDVAEDecoder,
+                     LiteVAEUNetBlock, MidBlock2D, ResBlock, ResBlockWithSMC, SDVAEDecoder,
                      UNetDiscriminator, autoencoder_loss, discriminator_loss, load_checkpoint, save_checkpoint)
 
 HERE = Path(__file__).parent
@@ -70,8 +70,8 @@ def seeded(monkeypatch):
     monkeypatch.setattr(train, "HELD_OUT", 8)  # runs of a few steps need not be measured on more
 
 
-small_vae, small_variant = [functools.partial(network, size="S", latent_dim=4, decoder_channels=8)
-                            for network in (LiteVAE, LiteVAEVariant)]
+small_vae = functools.partial(LiteVAE, size="S", latent_dim=4, decoder_channels=8)
+small_variant = functools.partial(small_vae, model="litevae-variant")
 
 
 def randomise(module, scale=0.2):
@@ -1037,8 +1037,8 @@ def test_vit_block_equals_pytorchs_transformer_layer():
 
 def test_sizes_of_the_variants():
     with torch.device("meta"):
-        plain, vit = LiteVAE("B", 12), LiteVAEVariant(size="B", latent_dim=12, aggregator="vit", resolution=128)
-        shared, two = LiteVAEVariant(size="B", shared_extractor=True), LiteVAEVariant(size="B", last_two_levels=True)
+        plain, vit = LiteVAE("B", 12), small_variant(size="B", latent_dim=12, aggregator="vit", resolution=128)
+        shared, two = small_variant(size="B", shared_extractor=True), small_variant(size="B", last_two_levels=True)
         assert count(plain.encoder.feature_aggregator) == 1_696_600  # Table 20's 1.69 M
         assert count(vit.encoder.feature_aggregator) == 841_176  # and 0.84 M
         assert count(LiteVAE("B").encoder) - count(shared.encoder) == 2 * 1_686_220
@@ -2227,10 +2227,10 @@ COMPARED = {  # options, the class of the autoencoder, what eval.py calls it
     "vae-small": (["--model", "vae-small"], "SDVAE", "VAE-Small,"),
     "dwt": (["--model", "dwt"], "DWTVAE", "DWT, nz 12"),
     "dwt-2": (["--model", "dwt-2"], "DWTVAE", "DWT-2, nz 48"),
-    "nafnet": (["--extractor", "nafnet"], "LiteVAEVariant", "LiteVAE-S (NAFNet extractor)"),
-    "shared": (["--shared-extractor"], "LiteVAEVariant", "LiteVAE-S (shared extractor)"),
-    "vit": (["--aggregator", "vit"], "LiteVAEVariant", "LiteVAE-S (ViT aggregator)"),
-    "two levels": (["--last-two-levels"], "LiteVAEVariant", "LiteVAE-S (last two levels)"),
+    "nafnet": (["--extractor", "nafnet"], "LiteVAE", "LiteVAE-S (NAFNet extractor)"),
+    "shared": (["--shared-extractor"], "LiteVAE", "LiteVAE-S (shared extractor)"),
+    "vit": (["--aggregator", "vit"], "LiteVAE", "LiteVAE-S (ViT aggregator)"),
+    "two levels": (["--last-two-levels"], "LiteVAE", "LiteVAE-S (last two levels)"),
     "stylegan": (["--discriminator", "stylegan", *DISC, "--batch-size", "4"], "LiteVAE", "LiteVAE-S,"),
     "patchgan": (["--discriminator", "patchgan", *DISC, "--resolution", "24"], "LiteVAE", "LiteVAE-S,"),
     "logistic": (["--discriminator", "unet", "--adv-loss", "logistic", *DISC], "LiteVAE", "LiteVAE-S,"),
@@ -2322,7 +2322,7 @@ def test_a_start_from_a_variant_keeps_its_parts(tmp_path, capsys, narrow):
 
 def test_a_run_from_before_an_option_existed_goes_on(finished_run, tmp_path):
     old = checkpoint_of(finished_run)
-    for key in ("model", "adv_loss", "adaptive_weight", "weight_ldl", *train.PARTS):
+    for key in ("model", "adv_loss", "adaptive_weight", "weight_ldl", *train.VARIANT):
         del old["args"][key]
     (tmp_path / "a").mkdir()
     litevae.write_checkpoint(tmp_path / "a" / "checkpoint.pt", old)

@@ -50,9 +50,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, MODELS, PRESETS, CheckpointError, ESRGANPerceptual, LiteVAE,
-                     LiteVAEVariant, PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
-                     autoencoder_loss, discriminator_loss, gradient_norms, hinge_d_loss, hinge_g_loss, ldl_loss,
+from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, PRESETS, CheckpointError, ESRGANPerceptual, LiteVAE,
+                     PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
+                     autoencoder_loss, build_autoencoder, discriminator_loss, gradient_norms, hinge_d_loss, hinge_g_loss, ldl_loss,
                      load_checkpoint, logistic_d_loss, logistic_g_loss, one_line, save_checkpoint)
 
 # --- 1  The two recipes -------------------------------------------------------------------------------
@@ -91,13 +91,13 @@ PERCEPTUAL = {"lpips": LPIPS, "esrgan": ESRGANPerceptual}
 ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "logistic": (logistic_g_loss, logistic_d_loss)}
 SMALLEST = {"none": 8, "unet": 16, "patchgan": 24, "stylegan": 8}  # smallest resolution of each discriminator
 
-# Options stored in the autoencoder's config: of every model's decoder, and of LiteVAE's encoder variants.
+# Options stored in the autoencoder's config: of every model's decoder, and of LiteVAE's encoder.
 DECODER = ("latent_dim", "decoder_channels", "output_type", "use_smc")
-PARTS = {"extractor": "unet", "shared_extractor": False, "aggregator": "unet", "last_two_levels": False}
-MODEL_OPTIONS = ("model", "size", *DECODER, "use_1x1_conv", *PARTS)
+VARIANT = ("extractor", "shared_extractor", "aggregator", "last_two_levels")
+ENCODER = ("size", "use_1x1_conv", *VARIANT)
 
 # {option: the options that do nothing where it is "none", or where --model is not litevae}
-SWITCHES = {"model": ("size", "use_1x1_conv", *PARTS), "perceptual": ("weight_perceptual",), "discriminator": (
+SWITCHES = {"model": ENCODER, "perceptual": ("weight_perceptual",), "discriminator": (
     "disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight")}
 
 HELD_OUT = 64  # images at most
@@ -259,9 +259,9 @@ def parse_args(argv=None):
     options, checkpoint = merge(typed, recipe)
     if options["init"] and not checkpoint:
         checkpoint = load_checkpoint(options["init"])
-        config = {"model": "litevae", **PARTS, **checkpoint["config"]}
+        config = {"model": "litevae", **{key: COMMON[key] for key in VARIANT}, **checkpoint["config"]}
         config["model"] = config["model"].removesuffix("-variant")
-        for key in MODEL_OPTIONS:
+        for key in ("model", *DECODER, *ENCODER):
             if typed.get(key, config.get(key)) != config.get(key):
                 held = f"an autoencoder with {flag(key)} {config[key]}" if key in config else "one without"
                 raise UsageError(f"{options['init']} holds {held}, not one with {flag(key)} {typed[key]}: leave the "
@@ -538,7 +538,7 @@ def prepare(args, machine, checkpoint):
     torch.manual_seed(args.seed)
     dataset, held_out, about = open_images(args, DeadLeaves)
     try:
-        vae = LiteVAE.from_checkpoint(checkpoint) if checkpoint else build_autoencoder(args)
+        vae = LiteVAE.from_checkpoint(checkpoint) if checkpoint else build_autoencoder(config_of(args))
         discriminator = build_discriminator(args)
     except ValueError as error:  # a checkpoint, a resolution or a latent that does not fit
         raise UsageError(str(error))
@@ -567,15 +567,14 @@ def prepare(args, machine, checkpoint):
     return task, dataset, start
 
 
-def build_autoencoder(args):
-    options = {key: getattr(args, key) for key in DECODER}
+def config_of(args):
+    """What build_autoencoder needs, and a checkpoint keeps."""
+    config = {key: getattr(args, key) for key in ("model", *DECODER, *ENCODER)}
     if args.model != "litevae":
-        return MODELS[args.model](model=args.model, **options)
-    options |= {"size": args.size, "use_1x1_conv": args.use_1x1_conv}
-    parts = {key: getattr(args, key) for key in PARTS}
-    if parts == PARTS:
-        return LiteVAE(**options)
-    return LiteVAEVariant(**parts, resolution=args.resolution if args.aggregator == "vit" else None, **options)
+        return {key: config[key] for key in ("model", *DECODER)}
+    if all(config[key] == COMMON[key] for key in VARIANT):
+        return {key: config[key] for key in (*DECODER, "size", "use_1x1_conv")}
+    return {**config, "model": "litevae-variant", "resolution": args.resolution if args.aggregator == "vit" else None}
 
 
 def build_discriminator(args):
