@@ -135,16 +135,6 @@ class SMC(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.modulated_weight(), self.bias, self.stride, self.padding)
 
-    @torch.no_grad()
-    def fuse(self):
-        """An ordinary nn.Conv2d with the same output, for inference; the scales are folded in."""
-        conv = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-                         bias=self.bias is not None, device=self.weight.device, dtype=self.weight.dtype)
-        conv.weight.copy_(self.modulated_weight())
-        if self.bias is not None:
-            conv.bias.copy_(self.bias)
-        return conv
-
 
 def autocast_off(x):
     """A context without autocast on the device of x."""
@@ -602,14 +592,6 @@ class Autoencoder(nn.Module):
         weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint.get("model")
         return load_weights(lambda: build_autoencoder(checkpoint.get("config")), weights).to(device).eval()
 
-    def fuse(self):
-        """Fold every SMC into a plain convolution, in place, for inference; returns self. Same output."""
-        for module in list(self.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, SMC):
-                    setattr(module, name, child.fuse())
-        return self
-
     dtype = property(lambda self: self.decoder.conv_in.weight.dtype)
     device = property(lambda self: self.decoder.conv_in.weight.device)
 
@@ -940,10 +922,8 @@ class CheckpointError(ValueError):
 def save_checkpoint(path, vae, ema=None, **extra):
     """Write `vae` (an Autoencoder) and `extra` to `path`: tensors, numbers, strings, None, lists and dicts only.
 
-    `ema` is the same model with the EMA weights. ValueError for a fused model, whose SMC parameters are gone.
+    `ema` is the same model with the EMA weights.
     """
-    if vae.config.use_smc and not any(isinstance(m, SMC) for m in vae.modules()):
-        raise ValueError("this model's SMCs were fused for inference: save it before calling fuse()")
     checkpoint = {"format": CHECKPOINT_FORMAT, "config": dict(vae.config), "model": dict(vae.state_dict())}
     if ema is not None:
         checkpoint["ema"] = dict(ema.state_dict())
