@@ -47,37 +47,33 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class HaarTransform(nn.Module):
-    """The orthonormal 2D Haar transform and its inverse: no parameters, any device, float32 (float64 for float64).
+    """The orthonormal 2D Haar transform and its inverse, without parameters, in float32 or float64. Copy it alone.
 
     Each 2x2 block of pixels  a b  becomes four numbers, one in each band:
                               c d
         L = (a+b+c+d)/2   H = (a+b-c-d)/2   V = (a-b+c-d)/2   D = (a-b-c+d)/2
 
-    L is twice the mean of the block; H, V and D hold horizontal, vertical and diagonal detail. The
-    transform of each block is orthogonal, so it preserves the energy (the sum of squares). Bands
-    are stacked band by band: channels [0, C) are L, [C, 2C) H, [2C, 3C) V, [3C, 4C) D.
-
-    Sums and differences, not convolutions, which may round to TF32: full float32 on every device.
+    L is twice the mean of the block; H, V and D hold horizontal, vertical and diagonal detail. The transform
+    preserves the sum of squares. Channels are ordered by band: [0, C) is L, [C, 2C) H, [2C, 3C) V, [3C, 4C) D.
     """
 
-    # Differs: the pseudocode calls ptwt inside set_grad_enabled(False), which would cut the gradient of
-    # the wavelet loss; and calls idwt with a level, which it does not take. Here gradients flow,
-    # and idwt inverts one level. Its default level is 3; here it is 1, the one that idwt inverts.
+    # Sums and differences, because convolutions may round to TF32.
+    # Differs: the pseudocode turns gradients off, which would stop the wavelet loss from training. Its dwt has
+    # default level 3, and it calls idwt with a level that idwt does not take. Here both default to one level.
 
     def dwt(self, x, level=1):
         """(B, C, H, W) -> (B, 4C, H/2^level, W/2^level): the four bands of that level alone.
 
-        Bands of level l divided by 2^l are on the scale of the pixels. ValueError if H or W is not a
-        multiple of 2^level.
+        Divide bands of level l by 2^l to bring them to the scale of the pixels.
         """
         return self.cascade(x, level)[-1]
 
     def cascade(self, x, levels=3):
-        """(B, C, H, W) -> [dwt(x, 1), ..., dwt(x, levels)], each level computed from the previous L."""
+        """(B, C, H, W) -> [dwt(x, 1), ..., dwt(x, levels)]. ValueError if H or W is no multiple of 2^levels."""
         # Differs: the pseudocode restarts from the image for each level; same values.
-        if levels < 1 or x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
-            raise ValueError(f"a {levels}-level Haar transform needs levels >= 1 and height and width that are "
-                             f"multiples of {2**levels}, got an image of {x.shape[-2]}x{x.shape[-1]}")
+        if x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
+            raise ValueError(f"a {levels}-level Haar transform needs a height and width that are multiples of "
+                             f"{2**levels}, got an image of {x.shape[-2]}x{x.shape[-1]}")
         low = x if x.dtype == torch.float64 else x.float()
         bands = []
         for _ in range(levels):
@@ -105,19 +101,16 @@ class HaarTransform(nn.Module):
 # --- 2  Building blocks (Sec. 4.2, Eq. 3, App. G) -----------------------------------------------------
 
 class SMC(nn.Conv2d):
-    """Self-modulated convolution (Eq. 3): a convolution that normalises its weight, not its input.
+    """Self-modulated convolution (Eq. 3): it normalises its weight, not its input. Copy it alone.
 
         w'_ijk = s_i w_ijk / sqrt(sum_{i,k} (s_i w_ijk)^2 + eps)
 
-    with i over input maps, j over output maps, k over the kernel, s a learned scale per input map, and
-    one learned gain that multiplies w'. (B, in, H, W) -> (B, out, H', W'). Output maps keep their
-    relative magnitudes, which GroupNorm can destroy (Sec. 4.2).
+    Here i is the input map, j the output map and k the position in the kernel. Each input map has a learned
+    scale s_i, and one learned gain multiplies w'. (B, in, H, W) -> (B, out, H', W').
     """
 
-    # Differs: the pseudocode calls StyleGAN3's modulated_conv2d(..., input_gain=) with the scales expanded
-    # over the batch. That runs one grouped convolution per sample, because its style depends on the data.
-    # These scales do not, so the weight is computed once and one plain convolution follows. The pseudocode
-    # also ignores the stride it is given.
+    # Differs: the pseudocode calls StyleGAN3's modulated_conv2d, which computes one weight per sample. Here the
+    # scales do not depend on the sample, so one weight serves the batch. It also ignores the stride it is given.
 
     def __init__(self, in_channels, out_channels=None, kernel_size=3, stride=1, padding=None, bias=True, eps=1e-8):
         padding = kernel_size // 2 if padding is None else padding
@@ -151,26 +144,23 @@ def unrounded(conv, x):
 
 def group_norm(channels, min_channels=1):
     """GroupNorm: 32 groups, or the next smaller power of two that gives groups of min_channels or more."""
-    # Differs: the pseudocode's 32 groups cannot divide LiteVAE-S's 16 channels, nor its 48-channel
-    # concatenations. The number is 32 wherever 32 is possible, else a smaller power of two.
+    # Differs: the pseudocode always takes 32 groups, which cannot divide LiteVAE-S's 16 and 48 channels.
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= g * min_channels or g == 1))
     return GroupNorm(groups, channels, eps=1e-6)
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm in its input's precision; groups of one value, as in an 8x8 image at level 3, are allowed."""
+    """nn.GroupNorm in the precision of x. Groups of one value are allowed: an 8x8 image has one at level 3."""
 
     def forward(self, x):
-        # CUDA's autocast would return float32, twice the memory. The kernel sums in float32 in any case.
-        with autocast_off(x):
+        with autocast_off(x):  # CUDA's autocast would return float32, twice the memory
             return torch.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ResBlock(nn.Module):
     """Pre-activation residual block (App. G): (B, in, H, W) -> (B, out, H, W)."""
 
-    # Differs: App. G's options for dropout, a 3x3 skip connection and a scale of the sum, unused by its models,
-    # are left out.
+    # Differs: App. G has options that its models do not use: dropout, a 3x3 skip, a scale of the sum.
 
     def __init__(self, in_channels, out_channels=None):
         super().__init__()
@@ -206,7 +196,7 @@ class ResBlockWithSMC(nn.Module):
 
 
 def silu(x):
-    """SiLU; x is overwritten where no gradients are wanted, which spares a pass over memory."""
+    """SiLU, in place where no gradients are wanted: it spares a pass over memory."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -217,9 +207,9 @@ def skip_connection(in_channels, out_channels):
 class Downsample2D(nn.Conv2d):
     """Learned downsampling (App. G): (B, C, H, W) -> (B, C, H/scale_factor, W/scale_factor)."""
 
-    # Unspecified: what App. G's Downsample2D is. Paper: Table 3 prints 41.425 M parameters for L, which without
-    # weights here would have 41.422 M. Of the forms tried, only a convolution whose kernel and stride are the
-    # scale factor fits. It starts as the average over each patch.
+    # Unspecified: what App. G's Downsample2D is. Paper: Table 3 gives L 41.425 M parameters. Without weights here L
+    # has 41.422 M; with a convolution whose kernel and stride are the scale factor, 41.425 M. It starts as the
+    # average over each patch.
 
     def __init__(self, channels, scale_factor):
         super().__init__(channels, channels, scale_factor, stride=scale_factor)
@@ -239,9 +229,8 @@ def upsample(x, size):
 class MidBlock2D(nn.Module):
     """Two residual blocks, no attention (App. G): (B, in, H, W) -> (B, out, H, W)."""
 
-    # Differs: the pseudocode's default is use_smc=True, but with SMC in the encoder's middle blocks
-    # LiteVAE-B would have 6.74 M parameters and M 32.74 M; with GroupNorm they have the paper's 6.75 M
-    # and 32.75 M.
+    # Differs: the pseudocode's default is use_smc=True. The paper's counts need GroupNorm: with SMC here,
+    # LiteVAE-M would have 32.74 M parameters, not 32.75 M.
 
     def __init__(self, in_channels, out_channels, use_smc=False):
         super().__init__()
@@ -258,11 +247,13 @@ class LiteVAEUNetBlock(nn.Module):
 
     (B, in_channels, H, W) -> (B, out_channels, H, W). Widths grow to model_channels * ch_multiplies and
     shrink back; each decoder block takes one encoder skip.
+
+    To copy it, take ResBlock, MidBlock2D, GroupNorm, group_norm, silu, skip_connection, unrounded, autocast_off;
+    with use_smc also ResBlockWithSMC and SMC.
     """
 
     # Paper: Sec. 4.1, "similar to the ADM model without spatial down/upsampling layers".
-    # Differs: ADM has one more decoder block a level, which reads the skip of in_layer. App. G has not, as its counts
-    # say, and never reads that skip; here it is not kept.
+    # Differs: App. G also saves in_layer's output as a skip, but no block reads it. Here it is not saved.
 
     def __init__(self, in_channels, out_channels, model_channels, ch_multiplies=(1, 2, 4), num_res_blocks=2,
                  use_smc=False):
@@ -358,8 +349,8 @@ ENCODERS = {"litevae": build_encoder}
 
 def sd_norm(channels):
     """Stable Diffusion's GroupNorm: 32 groups, or fewer in narrow decoders, of at least 4 channels each."""
-    # One channel in a group would be instance normalisation, which erases the mean of each map just
-    # before conv_out, and with it the brightness: 3.5 dB less after a minute of `--no-use-smc`.
+    # A group of one channel would lose the mean of its map just before conv_out, and so the brightness: 3.5 dB less
+    # after a minute of `--no-use-smc`.
     return group_norm(channels, min_channels=4)
 
 
@@ -383,15 +374,14 @@ class SDResnetBlock(nn.Module):
 class SDAttnBlock(nn.Module):
     """Residual self-attention with one head over all positions: (B, C, h, w) -> (B, C, h, w).
 
-    The (hw, hw) matrix is not stored where the device has a kernel that avoids it. With `use_smc` there is no
-    GroupNorm: queries, keys, values and the output are SMCs, and queries and keys are scaled to unit RMS.
+    With `use_smc` there is no GroupNorm: the four convolutions are SMCs, and queries and keys are scaled to unit RMS.
     """
 
     def __init__(self, channels, use_smc=False):
         super().__init__()
         # Unspecified: whether the SMC decoder keeps its attention. It does here: Table 4 changes the
-        # normalisation alone. Without GroupNorm, features may grow until the softmax is one-hot;
-        # dividing queries and keys by their RMS bounds the logits.
+        # normalisation alone. Without GroupNorm, features may grow until the softmax is one-hot. The division
+        # of queries and keys by their RMS bounds the logits.
         self.use_smc = use_smc
         conv = SMC if use_smc else nn.Conv2d
         self.norm = nn.Identity() if use_smc else sd_norm(channels)
@@ -417,14 +407,16 @@ class SDVAEDecoder(nn.Module):
 
     `channels` is the width at full resolution: 128 in Stable Diffusion (49,490,179 parameters), less for
     small runs. `use_smc` builds it without any GroupNorm (Sec. 4.2).
+
+    To copy it, take SDResnetBlock, SDAttnBlock, sd_norm, GroupNorm, group_norm, skip_connection, upsample,
+    autocast_off; with use_smc also ResBlockWithSMC, SMC and silu.
     """
 
     def __init__(self, latent_dim=4, channels=128, out_channels=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2,
                  use_smc=False):
         super().__init__()
-        # Paper: Sec. 4.2 replaces GroupNorm by SMC; in App. G's block the convolutions, not the shortcut.
-        # Unspecified: the rest. conv_out and attention's proj_out become SMCs; conv_in and upsampling
-        # convolutions stay plain.
+        # Paper: Sec. 4.2 replaces GroupNorm by SMC. In App. G's block both convolutions become SMCs, the shortcut
+        # does not. Unspecified: the rest. conv_out and the attention become SMCs; conv_in and upsampling do not.
         block = ResBlockWithSMC if use_smc else SDResnetBlock
         width = channels * ch_mult[-1]
         self.conv_in = nn.Conv2d(latent_dim, width, 3, padding=1)
@@ -467,7 +459,7 @@ class DiagonalGaussianDistribution:
     """The posterior N(mean, diag(std^2)) over latents, one Gaussian for each latent element.
 
     `parameters` is (B, 2 nz, h, w): mean, then log-variance. mean, logvar, std are (B, nz, h, w), in at
-    least float32. Log-variance is clamped to [-30, 20].
+    least float32.
     """
 
     def __init__(self, parameters):
@@ -531,7 +523,7 @@ class Autoencoder(nn.Module):
     """An encoder, a Gaussian latent and a decoder (App. G), with the interface of diffusers' AutoencoderKL.
 
     Images are (B, 3, H, W) in [-1, 1] with H and W multiples of 8; latents are (B, nz, H/8, W/8). A subclass
-    builds the parts, among them `pre_conv` and `post_conv` around the latent, and fills the config.
+    builds the parts, and adds `pre_conv` and `post_conv`, which stand around the latent.
     """
 
     posterior = DiagonalGaussianDistribution
@@ -555,10 +547,14 @@ class Autoencoder(nn.Module):
     def encode(self, image, return_dict=True):
         """(B, 3, H, W) in [-1, 1] -> named tuple with `.latent_dist`, a DiagonalGaussianDistribution.
 
-        ValueError for another shape or for integer pixels. `return_dict` is accepted for diffusers compatibility
-        and ignored.
+        ValueError for another shape or for integer pixels. `return_dict`, a name of diffusers', has no effect.
         """
-        check_image(image)
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 8 or image.shape[3] % 8 or 0 in image.shape:
+            raise ValueError("LiteVAE takes images of shape (B, 3, H, W) with H and W multiples of 8 and values in "
+                             f"[-1, 1], got shape {tuple(image.shape)}")
+        if not image.is_floating_point():
+            raise ValueError(f"LiteVAE takes floating-point images in [-1, 1], got {image.dtype}: "
+                             "convert 0..255 with image.float() / 127.5 - 1")
         moments = self.encoder(image).to(self.dtype)  # (B, 2 nz, h, w), in float32 also under autocast
         with autocast_off(moments):
             return EncoderOutput(self.posterior(self.pre_conv(moments)))
@@ -566,7 +562,7 @@ class Autoencoder(nn.Module):
     def decode(self, latent, return_dict=True, generator=None):
         """(B, nz, h, w) -> named tuple with `.sample`, (B, 3, 8h, 8w), and `.wavelet`, (B, 12, 4h, 4w).
 
-        `return_dict` and `generator` are accepted for diffusers compatibility and ignored.
+        `return_dict` and `generator`, names of diffusers', have no effect.
         """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_dim:
             raise ValueError(f"this model decodes latents of shape (B, {self.config.latent_dim}, h, w), "
@@ -585,7 +581,7 @@ class Autoencoder(nn.Module):
         """The autoencoder in a file, or in load_checkpoint's dict, in eval mode; of any class in MODELS.
 
         `ema` picks the EMA weights where there are any. FileNotFoundError if there is no such file, CheckpointError
-        if it is damaged, holds no autoencoder, or other weights than its config describes.
+        if it is damaged or its weights do not fit its config.
         """
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
@@ -604,7 +600,7 @@ class LiteVAE(Autoencoder):
     decoder_channels  the decoder's width at full resolution; 128 is Stable Diffusion's
     use_smc           SMC instead of GroupNorm in the decoder (Sec. 4.2, Table 4)
     output_type       "image", or "wavelet": the decoder predicts level-1 bands at half the resolution, and the
-                      inverse transform, which is exact, does the last upsampling
+                      inverse transform makes the image
     use_1x1_conv      1x1 convolutions around the latent (App. D.2; Table 17 finds them harmful)
     scaling_factor    what diffusion multiplies latents by to bring them to unit variance; train.py measures it
     model, parts      one of ENCODERS, and its options
@@ -631,37 +627,24 @@ class LiteVAE(Autoencoder):
     name = property(lambda self: f"LiteVAE-{self.config.size}{self.encoder.about}")  # as printed: LiteVAE-B
 
 
-def check_image(image):
-    """ValueError unless `image` is a floating-point (B, 3, H, W) with H and W multiples of 8."""
-    if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 8 or image.shape[3] % 8 or 0 in image.shape:
-        raise ValueError("LiteVAE takes images of shape (B, 3, H, W) with H and W multiples of 8 and values in "
-                         f"[-1, 1], got shape {tuple(image.shape)}")
-    if not image.is_floating_point():
-        raise ValueError(f"LiteVAE takes floating-point images in [-1, 1], got {image.dtype}: "
-                         "convert 0..255 with image.float() / 127.5 - 1")
-
-
 def build_decoder(latent_dim, channels, use_smc, output_type):
     """Stable Diffusion's decoder for an image, (B, nz, h, w) -> (B, 3, H, W), or for wavelets, -> (B, 12, H/2, W/2)."""
     if output_type not in ("image", "wavelet"):
         raise ValueError(f'output_type must be "image" or "wavelet", got {output_type!r}')
-    if latent_dim < 1 or channels < 1:
-        raise ValueError(f"latent_dim and decoder_channels must be 1 or more, got {latent_dim}, {channels}")
     # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since the 12
     # bands have half the resolution.
     out_channels, ch_mult = (3, (1, 2, 4, 4)) if output_type == "image" else (12, (2, 4, 4))
     return SDVAEDecoder(latent_dim, channels, out_channels, ch_mult, use_smc=use_smc).apply(initialise)
 
 
-# Unspecified: initialisation. With PyTorch's defaults each convolution shrinks its input's variance to a
-# third, and the posterior starts with std 1 around means of std 0.2: the decoder sees noise. The one
-# below gives 2.2 dB more after a minute of the quick start.
-
+# Unspecified: initialisation. With PyTorch's, each convolution shrinks the variance of its input to a third, and
+# the decoder sees noise: a posterior of std 1 around means of std 0.2. This one gives 2.2 dB more after a minute of
+# the quick start.
 
 @torch.no_grad()
 def initialise(module):
     """Convolutions keep the variance of their input; residual branches start at zero, as in ADM's code."""
-    # Differs: App. G starts the gain of every SMC at 1; here that of a residual branch's last SMC starts at 0.
+    # Differs: App. G starts the gain of every SMC at 1. Here the last SMC of a residual branch starts with gain 0.
     if isinstance(module, nn.Conv2d) and not isinstance(module, Downsample2D):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if module.bias is not None:
@@ -682,15 +665,15 @@ def initialise_posterior(conv, gain):
 
 
 # --- 6  Losses (Eq. 1, Sec. 4.3) ----------------------------------------------------------------------
-# All are means, computed in at least float32, so that no weight depends on batch size or resolution
-# (kl_loss: a sum over the latent divided by the number of pixel values). Images are (B, 3, H, W) in [-1, 1].
+# All are means in at least float32, so that no weight depends on batch size or resolution. Images are (B, 3, H, W)
+# in [-1, 1].
 
 # Unspecified: every weight of Eq. 1. What was chosen, and why:
 LOSS_WEIGHTS = {
     "l1": 1.0,          # sets the unit: mean absolute error per pixel value, as in LDM
     "perceptual": 1.0,  # LPIPS on equal terms with L1: LDM, taming-transformers
-    "wavelet": 1.0,     # its gradient then has 0.6 of the norm of L1's
-    "gaussian": 0.5,    # overlaps with the wavelet term, which already weighs the same frequencies
+    "wavelet": 1.0,     # its gradient has 0.6 times the norm of L1's
+    "gaussian": 0.5,    # less, because it weighs the same frequencies as the wavelet term
     "kl": 1e-6,         # LDM's value and normalisation: kl_loss
     "adv": 0.1,         # constant (Sec. 4.3, Table 8); what Real-ESRGAN uses with L1 and VGG losses of weight 1
 }
@@ -707,7 +690,7 @@ def wavelet_loss(w_hat, w, eps=1e-3):
     Bands as LiteVAE returns them, divided by 2, so that they share the pixels' scale.
     """
     # Paper: only the high-frequency bands (Sec. 4.3), of level 1 (App. G's decode).
-    # Unspecified: eps. 1e-3 is the usual value: an eighth of a grey level; quadratic below it.
+    # Unspecified: eps. 1e-3 is the usual value, an eighth of a grey level.
     detail = w.shape[1] // 4
     d = at_least_float32(w_hat)[:, detail:] - at_least_float32(w)[:, detail:]  # (B, 9, H/2, W/2)
     return (d.square() + eps**2).sqrt().mean()
@@ -715,9 +698,9 @@ def wavelet_loss(w_hat, w, eps=1e-3):
 
 def gaussian_loss(x_hat, x, kernel_size=5, sigma=1.0):
     """L1 between x - h(x) and x_hat - h(x_hat) for a Gaussian blur h (Sec. 4.3): two (B, 3, H, W) -> ()."""
-    # Unspecified: size and sigma. Five taps and sigma 1, as in the code of the paper's reference [74]: x - h(x) keeps
-    # periods below about 5 pixels. Differs: [74] reflects the border; replicating it takes images of any size.
-    d = at_least_float32(x_hat) - at_least_float32(x)  # blurring is linear: one blur of the difference serves both
+    # Unspecified: size and sigma. Five taps and sigma 1, as in the code of the paper's reference [74].
+    # Differs: [74] reflects the border; a replicated one allows images of any size.
+    d = at_least_float32(x_hat) - at_least_float32(x)  # the blur is linear: one blur of the difference serves both
     return (d - gaussian_blur(d, kernel_size, sigma)).abs().mean()
 
 
@@ -735,9 +718,8 @@ def gaussian_blur(x, kernel_size=5, sigma=1.0):
 def kl_loss(latent_dist, image):
     """L_reg: KL per image, averaged over the batch, divided by the image's 3HW pixel values: ().
 
-    LDM weighs the KL summed over a latent by 1e-6 against a reconstruction loss summed over an image.
-    Ours is a mean over pixel values; dividing the KL's sum by their number gives LDM's ratio at any
-    resolution and nz. (For nz=4 it equals 2.1e-8 on the KL's mean over latent elements.)
+    LDM adds 1e-6 times the KL, summed over a latent, to a loss summed over an image. The losses here are means over
+    pixel values, so the KL is divided by their number: LDM's weight then fits at any resolution and nz.
     """
     return latent_dist.kl().mean() / image[0].numel()
 
@@ -745,8 +727,9 @@ def kl_loss(latent_dist, image):
 class LPIPS(nn.Module):
     """Learned perceptual distance of the `lpips` package, in float32: two (B, 3, H, W) in [-1, 1] -> (B,).
 
-    `net` is "vgg", "alex" or "squeeze". The package has the linear layers, load_features the network's weights:
-    FileNotFoundError if they cannot be loaded.
+    `net` is "vgg", "alex" or "squeeze". FileNotFoundError if its weights cannot be loaded.
+
+    To copy it, take load_features, one_line, at_least_float32 and autocast_off. It needs the package.
     """
 
     files = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
@@ -765,8 +748,8 @@ class LPIPS(nn.Module):
         return super().train(False)  # dropout would make the metric noisy
 
     def forward(self, x_hat, x):
-        # Differs: lpips divides features by sqrt(sum f^2) + eps, whose gradient is NaN where all features of
-        # a position are 0, as may happen on flat images. Here eps is under the root.
+        # Differs: lpips divides features by sqrt(sum f^2) + eps. Where all features are 0, as on flat images, the
+        # gradient of that is NaN. Here eps is under the root.
         unit = lambda f: f * (f.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt()  # noqa: E731
         features = lambda x: self.net.net(self.net.scaling_layer(at_least_float32(x)))  # noqa: E731  (B, C_l, H_l, W_l)
         with autocast_off(x):
@@ -777,7 +760,7 @@ class LPIPS(nn.Module):
 def load_features(modules, file):
     """Load the `features.` tensors of torchvision's `file` into modules numbered as in torchvision.
 
-    The file is looked for in torch's hub cache, else downloaded. FileNotFoundError, with its name, if both fail.
+    The file comes from torch's hub cache, or is downloaded. FileNotFoundError if both fail.
     """
     url = f"https://download.pytorch.org/models/{file}"
     try:
@@ -792,7 +775,8 @@ def load_features(modules, file):
 
 def hinge_d_loss(real, fake):
     """Hinge loss of the discriminator: max(0, 1 - real) + max(0, 1 + fake), averaged: two logits -> ()."""
-    # Differs: taming-transformers and LDM halve it, and the logistic loss. Adam does not see that, clipping does.
+    # Differs: taming-transformers and LDM halve this loss and the logistic one. Adam's steps would be the same, but
+    # gradients twice as large are clipped more often.
     return F.relu(1.0 - at_least_float32(real)).mean() + F.relu(1.0 + at_least_float32(fake)).mean()
 
 
@@ -808,8 +792,6 @@ def discriminator_loss(real_logits, fake_logits, d_loss=hinge_d_loss):
 
 def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_logits=None, g_loss=hinge_g_loss):
     """Eq. 1, the autoencoder's side:  L_recon + lambda_reg L_reg + lambda_adv L_adv.
-
-    lambda_adv is a constant: the adaptive weight of Eq. 2 brings nothing (Sec. 4.3, Table 8, Fig. 7).
 
     output       what LiteVAE(image) returned
     perceptual   an LPIPS, or None to go without
@@ -847,10 +829,13 @@ class UNetDiscriminator(nn.Module):
     (B, 3, H, W) -> (global_logits (B, 1), pixel_logits (B, 1, H, W)); positive means real. Four residual
     blocks down to H/16, whose mean gives the global logit, and four up again with skips. Spectral
     normalisation on every layer; no BatchNorm, which makes logits depend on the batch.
+
+    To copy it, take DiscriminatorBlock, upsample, autocast_off; for its losses at_least_float32, hinge_d_loss,
+    hinge_g_loss and discriminator_loss.
     """
 
-    # Unspecified: its width and depth, and the CutMix consistency Schonfeld et al. add (left out: the paper
-    # speaks of pixel-wise discrimination only). Width 64, as there.
+    # Unspecified: width and depth. Width 64, as in Schonfeld et al. Their CutMix consistency is left out, because
+    # the paper speaks of pixel-wise discrimination only.
 
     def __init__(self, channels=64, ch_multiplies=(1, 2, 4, 8)):
         super().__init__()
@@ -931,8 +916,7 @@ def save_checkpoint(path, vae, ema=None, **extra):
 
 
 def write_checkpoint(path, checkpoint):
-    """Write a dict to `path`, atomically: a killed process leaves the previous file intact. OSError."""
-    # Write a second file, flush it, rename it.
+    """Write a dict to `path`, atomically: a killed process leaves the previous file intact. OSError if it fails."""
     path = os.fspath(path)
     partial = path + ".partial"
     try:
@@ -1058,13 +1042,11 @@ def one_line(error):
 
 def main():
     """Print each size's parameter count beside the paper's."""
-    paper = {"S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}
-    print("encoder      extractor (3x)     aggregator         parameters    paper (Tables 2, 3)")
-    for size, preset in PRESETS.items():
+    print("encoder      parameters    paper (Tables 2, 3)")
+    for size, paper in {"S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}.items():
         with torch.device("meta"):  # nothing is allocated
             count = sum(p.numel() for p in build_encoder(size).parameters())
-        extractor, aggregator = str(preset["extractor"]), str(preset["aggregator"])
-        print(f"LiteVAE-{size:2}   {extractor:17}  {aggregator:15} {count:13,}    {paper[size]:>7}")
+        print(f"LiteVAE-{size}   {count:12,}    {paper:>7}")
 
 
 if __name__ == "__main__":
@@ -1074,7 +1056,7 @@ if __name__ == "__main__":
 # ======================================================================================================
 # Part II: what the paper compares LiteVAE with. Nothing above uses it.
 # ======================================================================================================
-# Each is a flag of train.py and trains; the README has a row for each table, with the commands.
+# Each is a flag of train.py; the README has a row for each table, with the commands.
 
 import math  # noqa: E402  Part I does not need it
 
@@ -1121,10 +1103,10 @@ class SDVAEEncoder(nn.Module):
 
 
 # Unspecified: the layout of VAE-Small, of which the paper gives the 6.75 M parameters alone. No width of
-# (1, 2, 4, 4) gives 6.75 M; width 56 with (2, 3, 3, 4) does. `params` counts at latent_dim=4.
+# (1, 2, 4, 4) gives 6.75 M; width 56 with (2, 3, 3, 4) does.
 SD_ENCODERS = {
-    "sd-vae": {"channels": 128, "ch_mult": (1, 2, 4, 4), "params": 34_163_592},
-    "vae-small": {"channels": 56, "ch_mult": (2, 3, 3, 4), "params": 6_757_584},
+    "sd-vae": {"channels": 128, "ch_mult": (1, 2, 4, 4)},    # 34,163,592 parameters at latent_dim=4
+    "vae-small": {"channels": 56, "ch_mult": (2, 3, 3, 4)},  # 6,757,584
 }
 
 
@@ -1133,15 +1115,13 @@ class SDVAE(Autoencoder):
 
     model   "sd-vae" or "vae-small", see SD_ENCODERS; the other arguments are LiteVAE's
 
-    With "sd-vae" and the defaults the state dict is that of the released kl-f8 checkpoints, name by name.
+    With "sd-vae" and the defaults, the state dict has the names of the released kl-f8 checkpoints.
     """
 
     def __init__(self, model="sd-vae", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
                  scaling_factor=1.0):
-        if model not in SD_ENCODERS:
-            raise ValueError(f"model must be one of {', '.join(SD_ENCODERS)}, got {model!r}")
         decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        encoder = SDVAEEncoder(latent_dim, SD_ENCODERS[model]["channels"], SD_ENCODERS[model]["ch_mult"])
+        encoder = SDVAEEncoder(latent_dim, **SD_ENCODERS[model])
         super().__init__(encoder.apply(initialise), decoder, Config(
             model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
             output_type=output_type, scaling_factor=scaling_factor))
@@ -1158,11 +1138,11 @@ class SDVAE(Autoencoder):
 class DWTEncoder(nn.Module):
     """The encoder that learns nothing (App. B): (B, 3, H, W) -> its latent, (B, 12, h, w) or (B, 48, h, w).
 
-    The four bands of level 3 (nz = 12), and with `higher_bands` also those of level 2 but L, by space-to-depth (48).
+    The latent is level 3 (12 channels). With `higher_bands` H, V and D of level 2 follow, by space-to-depth (36).
     """
 
-    # Paper: App. B, Tables 11 and 12. Unspecified: which "higher frequency sub-bands" DWT-2 adds. 12 of level 3 and
-    # level 2's nine, by space-to-depth, make its 48 channels; so would all twelve bands of level 2 alone.
+    # Paper: App. B, Tables 11 and 12. Unspecified: which "higher frequency sub-bands" DWT-2 adds. These give its 48
+    # channels. All bands of level 2 alone would give 48 too.
 
     def __init__(self, higher_bands):
         super().__init__()
@@ -1178,7 +1158,7 @@ class DWTEncoder(nn.Module):
 
 
 class PointDistribution(DiagonalGaussianDistribution):
-    """A "posterior" without spread at `mean`, (B, nz, h, w): every sample is the mean, and there is no KL."""
+    """A "posterior" whose every sample is `mean`, (B, nz, h, w); it has no KL."""
 
     def __init__(self, mean):
         self.dtype, self.mean = mean.dtype, at_least_float32(mean)
@@ -1201,8 +1181,6 @@ class DWTVAE(Autoencoder):
 
     def __init__(self, model="dwt", latent_dim=None, decoder_channels=128, use_smc=False, output_type="image",
                  scaling_factor=1.0):
-        if model not in DWT_LATENTS:
-            raise ValueError(f"model must be one of {', '.join(DWT_LATENTS)}, got {model!r}")
         if latent_dim not in (None, DWT_LATENTS[model]):
             raise ValueError(f"the latent of {model} has {DWT_LATENTS[model]} channels, not {latent_dim}")
         latent_dim = DWT_LATENTS[model]
@@ -1336,9 +1314,8 @@ class LayerNorm2d(nn.LayerNorm):
 class ViTAggregator(nn.Module):
     """A vision transformer over latent positions (App. D.5): (B, in, side, side) -> (B, out, side, side)."""
 
-    # Paper: Table 20, 0.84 M parameters, beside a UNet of 1.69 M. Unspecified: all else. One token a position;
-    # seven blocks as wide as the UNet's widest, with a 3x3 convolution before and a 1x1 after, have 841,176 at
-    # nz = 12 and 16x16 positions, which is where Table 20's numbers come from (it shares Table 2a's rFID).
+    # Paper: Table 20, 0.84 M parameters, beside a UNet of 1.69 M. Unspecified: all else. Here each position is a
+    # token, and seven blocks are as wide as the UNet's widest: 841,176 parameters at nz = 12 and 16x16 positions.
 
     def __init__(self, in_channels, out_channels, side, width, depth=7):
         super().__init__()
@@ -1346,7 +1323,7 @@ class ViTAggregator(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(1, side * side, width))
         self.blocks = nn.Sequential(*(ViTBlock(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        nn.init.constant_(self.norm.weight, 1 / 8)  # as small an output at the start as the UNet's
+        nn.init.constant_(self.norm.weight, 1 / 8)  # the output then starts as small as the UNet's
         self.out_layer = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, x):
@@ -1390,8 +1367,8 @@ MODELS |= {"litevae-variant": LiteVAE, "sd-vae": SDVAE, "vae-small": SDVAE, "dwt
 def adaptive_weight(recon, adv, last_layer, delta=1e-4, average=lambda gradient: gradient):
     """lambda_adv of Eq. 2:  1/2 ||grad L_recon|| / (||grad L_adv|| + delta), gradients at `last_layer`: a () constant.
 
-    `recon` and `adv` are losses, (), whose graph is kept; `last_layer` is the decoder's last weight; `average`
-    averages a gradient over the processes that share a batch.
+    `recon` and `adv` are losses, (); `last_layer` is the decoder's last weight; `average` averages a gradient over
+    the processes that share a batch.
     """
     # Unspecified: where the gradients are taken, here and in Figure 7, delta, and a ceiling. As in taming-transformers.
     g_recon, g_adv = gradient_norms((recon, adv), last_layer, average)
@@ -1399,15 +1376,15 @@ def adaptive_weight(recon, adv, last_layer, delta=1e-4, average=lambda gradient:
 
 
 def gradient_norms(losses, last_layer, average=lambda gradient: gradient):
-    """The norm of each loss's gradient at `last_layer`, (), through a graph that is kept."""
+    """The norm of each loss's gradient at `last_layer`, (). The graph is kept."""
     return [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in losses]
 
 
 class ESRGANPerceptual(nn.Module):
     """ESRGAN's perceptual loss (Wang et al. 2018, Table 14): two (B, 3, H, W) in [-1, 1] -> (B,).
 
-    L1 between features of VGG-19's conv5_4 before their activation, so that most of them are not zero. Frozen,
-    in float32. The weights, torchvision's, are looked for as LPIPS's are. H and W at least 16.
+    L1 between features of VGG-19's conv5_4 before their activation, in float32. H and W are at least 16.
+    FileNotFoundError if torchvision's weights cannot be loaded.
     """
 
     file = "vgg19-dcbb9e9d.pth"
@@ -1438,7 +1415,7 @@ def ldl_loss(x_hat, x, x_ema):
 
     L1, weighted by where x_hat is likely to hold artifacts; `x_ema` is what the EMA weights make of x.
     """
-    # Over [0, 1], as in its authors' code: on [-1, 1] the same loss would be 10 times as large.
+    # On [0, 1], as in its authors' code. On [-1, 1] the loss would be 10 times as large.
     x_hat, x, x_ema = [(at_least_float32(a) + 1) / 2 for a in (x_hat, x, x_ema)]
     return (artifact_map(x_hat.detach(), x, x_ema) * (x_hat - x)).abs().mean()
 
@@ -1446,11 +1423,11 @@ def ldl_loss(x_hat, x, x_ema):
 def artifact_map(x_hat, x, x_ema, kernel_size=7):
     """LDL's refined map M of three (B, 3, H, W) in [0, 1]: (B, 1, H, W), zero where the EMA weights do worse.
 
-    M = v^(1/5) V: of the residual |x_hat - x|, summed over colours, V is the variance in each 7x7 window and v that
-    in the whole image.
+    M = v^(1/5) V. The residual is |x_hat - x|, summed over colours. V is its variance in each 7x7 window, v its
+    variance in the whole image.
     """
-    # Differs: the authors' code lets the gradient run through the map too, where the fifth root's is infinite for
-    # a perfect reconstruction. A weight is a constant here.
+    # Differs: in the authors' code the gradient also runs through the map. There it is infinite for a perfect
+    # reconstruction, because of the fifth root. Here the map is a constant.
     residual = (x_hat - x).abs().sum(dim=1, keepdim=True)  # (B, 1, H, W)
     residual_ema = (x_ema - x).abs().sum(dim=1, keepdim=True)
     half = kernel_size // 2
@@ -1477,11 +1454,11 @@ def logistic_g_loss(fake):
 class PatchDiscriminator(nn.Module):
     """pix2pix's PatchGAN, which Stable Diffusion's autoencoder was trained with: (B, 3, H, W) -> ((B, 1, H', W'),).
 
-    Each logit judges 70x70 pixels; H' = H/8 - 2. H and W at least 24.
+    Each logit judges 70x70 pixels; H' = H/8 - 2. H and W are at least 24.
     """
 
-    # Differs: taming-transformers' has BatchNorm, which ties the images of a batch together and breaks at batch 1.
-    # Spectral normalisation, as in the UNet: Table 10 is about what a discriminator looks at.
+    # Differs: taming-transformers' has BatchNorm, which makes logits depend on the batch. Here it is spectral
+    # normalisation, as in the UNet.
 
     def __init__(self, channels=64):
         super().__init__()
@@ -1498,18 +1475,17 @@ class PatchDiscriminator(nn.Module):
 class StyleGANDiscriminator(nn.Module):
     """StyleGAN2's residual discriminator (Karras et al. 2020): (B, 3, R, R) -> ((B, 1),), R a power of two.
 
-    Equalised learning rate; blurs before it downsamples; the last block sees how much a group of images varies.
-    B is a multiple of 4, the size of such a group.
+    B is a multiple of 4: the last block sees how much the images of a group of 4 differ. Width is `channels` at full
+    resolution and doubles at each halving, up to 512.
     """
 
-    # Unspecified: its width (here `channels` at full resolution, doubled at each halving up to 512; the original
-    # has 128 at 256x256), and whether its R1 penalty is used: it is not, as for the others.
+    # Unspecified: its width (the original has 128 at 256x256), and whether its R1 penalty is used. It is not used here.
 
     def __init__(self, resolution, channels=64):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"StyleGAN2's discriminator takes images of a power of two, got {resolution}")
-        self.resolution, width = resolution, channels
+        width = channels
         self.from_rgb = EqualizedConv2d(3, width, 1)
         self.blocks = nn.ModuleList()
         while resolution > 4:
@@ -1521,9 +1497,6 @@ class StyleGANDiscriminator(nn.Module):
         self.out = EqualizedConv2d(width, 1, 1)
 
     def forward(self, x):
-        if x.shape[2:] != (self.resolution, self.resolution):
-            raise ValueError(f"this StyleGAN2 discriminator judges images of {self.resolution}x{self.resolution} "
-                             f"alone, got {x.shape[2]}x{x.shape[3]}")
         x = scaled_leaky_relu(self.from_rgb(x))  # (B, channels, R, R)
         for block in self.blocks:
             x = block(x)  # (B, min(2^n channels, 512), R/2^n, R/2^n)
@@ -1555,10 +1528,10 @@ class StyleGANBlock(nn.Module):
 
 
 class EqualizedConv2d(nn.Conv2d):
-    """A convolution with weights initialised at unit variance and scaled where they are used (Karras et al. 2018)."""
+    """A convolution with weights of unit variance, scaled where they are used (Karras et al. 2018).
 
-    # So that Adam, whose steps do not depend on a gradient's scale, changes all layers at the same relative speed:
-    # a slow one at the rates that suit the other discriminators (StyleGAN2's own is 0.002).
+    All layers then learn at the same relative speed with Adam. StyleGAN2's learning rate is 0.002.
+    """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, bias=True):
         super().__init__(in_channels, out_channels, kernel_size, stride,
@@ -1580,13 +1553,12 @@ def scaled_leaky_relu(x):
 def minibatch_stddev(x, group_size=4):
     """How much the images of a group differ, as a map to append: (B, C, H, W) -> (B, 1, H, W), in float32.
 
-    The standard deviation over each group, at every position of every channel, averaged over both.
+    The standard deviation over each group, at every position of every channel, averaged over both. B is a multiple
+    of group_size.
     """
-    # Differs: StyleGAN2 spreads a group over the batch. Neighbours here: a batch of real images followed by fake
-    # ones can then be judged at once, without a group of both.
+    # Differs: StyleGAN2 spreads a group over the batch. Here a group is 4 neighbours: a batch of real and then fake
+    # images has no group of both.
     B, C, H, W = x.shape
-    if B % group_size:
-        raise ValueError(f"StyleGAN2's discriminator takes batches that are multiples of {group_size}, got {B} images")
     groups = x.float().view(B // group_size, group_size, C, H, W)
     std = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt()  # (B / group_size, C, H, W)
     return std.mean(dim=(1, 2, 3)).repeat_interleave(group_size).view(B, 1, 1, 1).expand(B, 1, H, W)

@@ -299,8 +299,7 @@ def test_encoder_and_decoder_have_the_released_checkpoints_names_and_size():
     with torch.device("meta"):
         vae, small, wavelet = SDVAE(), SDVAE("vae-small"), LiteVAE(output_type="wavelet").decoder
     assert count(vae.decoder) == 49_490_179 and str(small.decoder) == str(vae.decoder)
-    assert count(small.encoder) == litevae.SD_ENCODERS["vae-small"]["params"] == 6_757_584
-    assert count(vae.encoder) == litevae.SD_ENCODERS["sd-vae"]["params"] == 34_163_592
+    assert count(small.encoder) == 6_757_584 and count(vae.encoder) == 34_163_592
     shapes = {k: tuple(v.shape) for k, v in vae.state_dict().items()}
     assert (len(vae.encoder.state_dict()), len(vae.decoder.state_dict()), len(shapes)) == (106, 138, 106 + 138 + 4)
     for name, shape in {
@@ -428,7 +427,7 @@ def test_vae_says_what_images_it_takes(image, complaint):
 
 
 def test_vae_refuses_bad_arguments_and_latents():
-    for bad in ({"size": "XL"}, {"output_type": "pixels"}, {"latent_dim": 0}):
+    for bad in ({"size": "XL"}, {"output_type": "pixels"}):
         with pytest.raises(ValueError):
             small_vae(**bad)
     with pytest.raises(ValueError, match="4, h, w"):
@@ -495,13 +494,31 @@ def test_config_reads_like_a_dict_and_like_attributes():
         config.blocks
 
 
+def adversarial_losses(copied):
+    logits = copied["UNetDiscriminator"](8)(torch.randn(2, 3, 16, 16))
+    return copied["discriminator_loss"](logits, logits) + copied["hinge_g_loss"](logits[1])
+
+
 @pytest.mark.parametrize("block, use", [
-    (HaarTransform, lambda c: c()(torch.randn(1, 3, 8, 8))), (SMC, lambda c: c(4, 8)(torch.randn(1, 4, 5, 5))),
-    (DiagonalGaussianDistribution, lambda c: c(torch.randn(1, 8, 2, 2)).sample())])
-def test_blocks_run_when_copied_out_with_torch_alone(block, use):
-    names = {"torch": torch, "nn": nn, "F": F}
-    exec(inspect.getsource(block), names)
-    assert use(names[block.__name__]).isfinite().all()
+    (HaarTransform, lambda c: c["HaarTransform"]()(torch.randn(1, 3, 8, 8))),
+    (SMC, lambda c: c["SMC"](4, 8)(torch.randn(1, 4, 5, 5))),
+    (DiagonalGaussianDistribution, lambda c: c["DiagonalGaussianDistribution"](torch.randn(1, 8, 2, 2)).sample()),
+    *[(LiteVAEUNetBlock, lambda c, smc=smc: c["LiteVAEUNetBlock"](12, 12, 16, (1, 2), use_smc=smc)(
+        torch.randn(1, 12, 4, 4))) for smc in (False, True)],
+    *[(SDVAEDecoder, lambda c, smc=smc: c["SDVAEDecoder"](4, 8, use_smc=smc)(torch.randn(1, 4, 2, 2)))
+      for smc in (False, True)],
+    (UNetDiscriminator, adversarial_losses),
+    (LPIPS, lambda c: c["LPIPS"]()(torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)))])
+def test_blocks_run_when_copied_out_with_the_helpers_that_they_name(block, use, vgg):
+    imports = Path(litevae.__file__).read_text().split("# --- 1")[0].split('"""')[2]
+    copied = {}
+    exec(imports, copied)
+
+    named = re.findall(r"\w+", (inspect.getdoc(block) or "").partition("To copy it, take")[2])
+    for name in [n for n in named if hasattr(litevae, n)] + [block.__name__]:
+        exec(inspect.getsource(getattr(litevae, name)), copied)
+
+    assert use(copied).isfinite().all()
 
 
 def test_litevae_imports_torch_alone_and_part_one_stands_without_what_it_is_compared_with():
@@ -997,9 +1014,6 @@ def test_dwt_latents_equal_pywavelets_and_have_no_spread():
         assert count(vae.encoder) == 0 and count(vae) == count(vae.decoder)
     with pytest.raises(ValueError, match="12 channels, not 4"):
         litevae.DWTVAE("dwt", latent_dim=4)
-    for build in (litevae.DWTVAE, SDVAE):
-        with pytest.raises(ValueError, match="model must be one of"):
-            build("S")
 
 
 # --- 10  Other encoder parts --------------------------------------------------------------------------
@@ -1224,8 +1238,6 @@ def test_minibatch_stddev_equals_its_loop_and_keeps_groups_apart():
             total += x[4 * group:4 * group + 4, c, i, j].numpy().std()
         for image in range(4 * group, 4 * group + 4):
             assert torch.allclose(out[image], torch.tensor(total / 48, dtype=torch.float32), rtol=1e-5)
-    with pytest.raises(ValueError, match="multiples of 4"):
-        litevae.minibatch_stddev(x[:6])
 
 
 def test_stylegan_discriminator_is_the_published_one():
@@ -1244,8 +1256,6 @@ def test_stylegan_discriminator_is_the_published_one():
     for resolution in (4, 24, 96):
         with pytest.raises(ValueError, match="power of two"):
             litevae.StyleGANDiscriminator(resolution)
-    with pytest.raises(ValueError, match="32x32 alone"):
-        discriminator(image_batch(4, 3, 64, 64))
 
 
 def test_stylegan_layers_by_closed_form():
