@@ -338,10 +338,6 @@ def build_encoder(size="B", latent_dim=4):
                           LiteVAEUNetBlock(3 * bands, 2 * latent_dim, *aggregator))
 
 
-# What builds the encoder of a LiteVAE, by its config's "model". Part II adds a line.
-ENCODERS = {"litevae": build_encoder}
-
-
 # --- 4  Decoder (Sec. 4.1: "the same decoder network as in SD-VAE") -----------------------------------
 # Names are those of the released Stable Diffusion checkpoints, so that their `decoder.` tensors load here
 # with strict=True.
@@ -522,17 +518,30 @@ class Config(dict):
 class Autoencoder(nn.Module):
     """An encoder, a Gaussian latent and a decoder (App. G), with the interface of diffusers' AutoencoderKL.
 
-    Images are (B, 3, H, W) in [-1, 1] with H and W multiples of 8; latents are (B, nz, H/8, W/8). A subclass
-    builds the parts, and adds `pre_conv` and `post_conv`, which stand around the latent.
+    Images are (B, 3, H, W) in [-1, 1] with H and W multiples of 8; latents are (B, nz, H/8, W/8). `model` is one of
+    ENCODERS, `options` are its arguments. A subclass adds `pre_conv` and `post_conv`, which stand around the latent.
     """
 
     posterior = DiagonalGaussianDistribution
 
-    def __init__(self, encoder, decoder, config):
+    def __init__(self, latent_dim=4, decoder_channels=128, use_smc=False, output_type="image", scaling_factor=1.0,
+                 model="litevae", **options):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.config = Config(latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
+                             output_type=output_type, scaling_factor=scaling_factor, **options)
+        if model != "litevae":
+            self.config.model = model
+        if output_type not in ("image", "wavelet"):
+            raise ValueError(f'output_type must be "image" or "wavelet", got {output_type!r}')
+        # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since the 12
+        # bands have half the resolution.
+        out_channels, ch_mult = (3, (1, 2, 4, 4)) if output_type == "image" else (12, (2, 4, 4))
+
+        # The decoder first: one seed gives the same initial decoder for every encoder.
+        decoder = SDVAEDecoder(latent_dim, decoder_channels, out_channels, ch_mult, use_smc=use_smc).apply(initialise)
+        self.encoder = ENCODERS[model](latent_dim=latent_dim, **options).apply(initialise)
+        self.decoder = decoder
         self.wavelet_fn = HaarTransform()
-        self.config = config
 
     def forward(self, image, sample=True, noise=None):
         """Encode, sample (or with sample=False take the mean), decode: a LiteVAEOutput.
@@ -603,38 +612,23 @@ class LiteVAE(Autoencoder):
                       inverse transform makes the image
     use_1x1_conv      1x1 convolutions around the latent (App. D.2; Table 17 finds them harmful)
     scaling_factor    what diffusion multiplies latents by to bring them to unit variance; train.py measures it
-    model, parts      one of ENCODERS, and its options
+    variant           model="litevae-variant" and the arguments of build_variant_encoder, in Part II
     """
 
     def __init__(self, size="B", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
-                 use_1x1_conv=False, scaling_factor=1.0, model="litevae", **parts):
+                 use_1x1_conv=False, scaling_factor=1.0, **variant):
         if size not in PRESETS:
             raise ValueError(f"size must be one of {', '.join(PRESETS)}, got {size!r}")
-        # The decoder first: one seed gives the same initial decoder for every encoder.
-        decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        encoder = ENCODERS[model](size, latent_dim, **parts).apply(initialise)
-        super().__init__(encoder, decoder, Config(
-            size=size, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
-            output_type=output_type, use_1x1_conv=use_1x1_conv, scaling_factor=scaling_factor))
-        if model != "litevae":
-            self.config.update(model=model, **parts)
+        super().__init__(latent_dim, decoder_channels, use_smc, output_type, scaling_factor, size=size, **variant)
+        self.config.use_1x1_conv = use_1x1_conv
         conv = nn.Conv2d if use_1x1_conv else nn.Identity  # nn.Identity ignores its arguments
         self.pre_conv = conv(2 * latent_dim, 2 * latent_dim, 1).apply(initialise)
         self.post_conv = conv(latent_dim, latent_dim, 1).apply(initialise)
         # Photographs' wavelets are small: with this gain the means start with a std of about 1/2.
-        initialise_posterior(self.pre_conv if use_1x1_conv else encoder.feature_aggregator.out_layer, gain=4.0)
+        last = self.pre_conv if use_1x1_conv else self.encoder.feature_aggregator.out_layer
+        initialise_posterior(last, gain=4.0)
 
     name = property(lambda self: f"LiteVAE-{self.config.size}{self.encoder.about}")  # as printed: LiteVAE-B
-
-
-def build_decoder(latent_dim, channels, use_smc, output_type):
-    """Stable Diffusion's decoder for an image, (B, nz, h, w) -> (B, 3, H, W), or for wavelets, -> (B, 12, H/2, W/2)."""
-    if output_type not in ("image", "wavelet"):
-        raise ValueError(f'output_type must be "image" or "wavelet", got {output_type!r}')
-    # Unspecified: the decoder that predicts wavelets. Stable Diffusion's without its last stage, since the 12
-    # bands have half the resolution.
-    out_channels, ch_mult = (3, (1, 2, 4, 4)) if output_type == "image" else (12, (2, 4, 4))
-    return SDVAEDecoder(latent_dim, channels, out_channels, ch_mult, use_smc=use_smc).apply(initialise)
 
 
 # Unspecified: initialisation. With PyTorch's, each convolution shrinks the variance of its input to a third, and
@@ -890,8 +884,9 @@ PRESETS = {
 
 CHECKPOINT_FORMAT = "litevae-2"  # 1: before Downsample2D had weights
 
-# The class that a config's "model" names. Part II adds more.
+# A config's "model" names the class, and the function that builds its encoder. Part II adds more.
 MODELS = {"litevae": LiteVAE}
+ENCODERS = {"litevae": build_encoder}
 
 
 def build_autoencoder(config):
@@ -954,7 +949,7 @@ def load_checkpoint(path, format=CHECKPOINT_FORMAT):
 
 
 def read_tensors(path):
-    """What torch.save wrote to `path`, without Python objects, whose code would run; or {name: tensor} of safetensors."""
+    """The content of a file by torch.save, without Python objects, or of a .safetensors. It runs no code."""
     with open(path, "rb") as file:
         if file.read(9)[8:] == b"{":
             return read_safetensors(file)
@@ -1102,29 +1097,22 @@ class SDVAEEncoder(nn.Module):
         return unrounded(self.conv_out, F.silu(self.norm_out(x)))  # (B, 2 latent_dim, h, w)
 
 
-# Unspecified: the layout of VAE-Small, of which the paper gives the 6.75 M parameters alone. No width of
-# (1, 2, 4, 4) gives 6.75 M; width 56 with (2, 3, 3, 4) does.
-SD_ENCODERS = {
-    "sd-vae": {"channels": 128, "ch_mult": (1, 2, 4, 4)},    # 34,163,592 parameters at latent_dim=4
-    "vae-small": {"channels": 56, "ch_mult": (2, 3, 3, 4)},  # 6,757,584
-}
+def build_small_encoder(latent_dim):
+    """VAE-Small's encoder: 6,757,584 parameters at latent_dim=4."""
+    # Unspecified: its layout. The paper gives its 6.75 M parameters, which no width of (1, 2, 4, 4) has.
+    return SDVAEEncoder(latent_dim, channels=56, ch_mult=(2, 3, 3, 4))
 
 
 class SDVAE(Autoencoder):
     """The Stable Diffusion autoencoder, and the same with a small encoder (Table 2).
 
-    model   "sd-vae" or "vae-small", see SD_ENCODERS; the other arguments are LiteVAE's
+    model   "sd-vae" or "vae-small"; the options are LiteVAE's
 
     With "sd-vae" and the defaults, the state dict has the names of the released kl-f8 checkpoints.
     """
 
-    def __init__(self, model="sd-vae", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
-                 scaling_factor=1.0):
-        decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        encoder = SDVAEEncoder(latent_dim, **SD_ENCODERS[model])
-        super().__init__(encoder.apply(initialise), decoder, Config(
-            model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
-            output_type=output_type, scaling_factor=scaling_factor))
+    def __init__(self, model="sd-vae", latent_dim=4, **options):
+        super().__init__(latent_dim, model=model, **options)
         self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1).apply(initialise)
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1).apply(initialise)
         initialise_posterior(self.quant_conv, gain=1.0)
@@ -1136,22 +1124,22 @@ class SDVAE(Autoencoder):
 
 
 class DWTEncoder(nn.Module):
-    """The encoder that learns nothing (App. B): (B, 3, H, W) -> its latent, (B, 12, h, w) or (B, 48, h, w).
+    """The encoder that learns nothing (App. B): (B, 3, H, W) -> its latent, (B, latent_dim, h, w).
 
-    The latent is level 3 (12 channels). With `higher_bands` H, V and D of level 2 follow, by space-to-depth (36).
+    With latent_dim=12 the latent is level 3. With 48, level 2's H, V and D follow, by space-to-depth.
     """
 
     # Paper: App. B, Tables 11 and 12. Unspecified: which "higher frequency sub-bands" DWT-2 adds. These give its 48
     # channels. All bands of level 2 alone would give 48 too.
 
-    def __init__(self, higher_bands):
+    def __init__(self, latent_dim):
         super().__init__()
-        self.wavelet_fn, self.higher_bands = HaarTransform(), higher_bands
+        self.wavelet_fn, self.latent_dim = HaarTransform(), latent_dim
 
     def forward(self, image):
         _, dwt_L2, dwt_L3 = (w / 2**l for l, w in enumerate(self.wavelet_fn.cascade(image), 1))
         latent = dwt_L3  # (B, 12, h, w)
-        if self.higher_bands:
+        if self.latent_dim == 48:
             details = F.pixel_unshuffle(dwt_L2[:, 3:], 2)  # (B, 9, 2h, 2w) -> (B, 36, h, w)
             latent = torch.cat([latent, details], dim=1)  # (B, 48, h, w)
         return latent
@@ -1174,20 +1162,15 @@ DWT_LATENTS = {"dwt": 12, "dwt-2": 48}
 class DWTVAE(Autoencoder):
     """A wavelet transform for an encoder, and Stable Diffusion's decoder, which alone is trained (App. B).
 
-    model   "dwt" (nz = 12) or "dwt-2" (nz = 48); the other arguments are LiteVAE's
+    model   "dwt" (nz = 12) or "dwt-2" (nz = 48); the options are LiteVAE's
     """
 
     posterior = PointDistribution
 
-    def __init__(self, model="dwt", latent_dim=None, decoder_channels=128, use_smc=False, output_type="image",
-                 scaling_factor=1.0):
+    def __init__(self, model="dwt", latent_dim=None, **options):
         if latent_dim not in (None, DWT_LATENTS[model]):
             raise ValueError(f"the latent of {model} has {DWT_LATENTS[model]} channels, not {latent_dim}")
-        latent_dim = DWT_LATENTS[model]
-        decoder = build_decoder(latent_dim, decoder_channels, use_smc, output_type)
-        super().__init__(DWTEncoder(higher_bands=model == "dwt-2"), decoder, Config(
-            model=model, latent_dim=latent_dim, decoder_channels=decoder_channels, use_smc=use_smc,
-            output_type=output_type, scaling_factor=scaling_factor))
+        super().__init__(DWT_LATENTS[model], model=model, **options)
         self.pre_conv = self.post_conv = nn.Identity()
 
     name = property(lambda self: self.config.model.upper())
@@ -1198,7 +1181,7 @@ class DWTVAE(Autoencoder):
 
 def build_variant_encoder(size, latent_dim, extractor="unet", shared_extractor=False, aggregator="unet",
                           last_two_levels=False, resolution=None):
-    """LiteVAE's encoder with other parts (App. D.3 to D.6): `LiteVAE("B", model="litevae-variant", extractor="nafnet")`.
+    """LiteVAE's encoder with other parts (App. D.3 to D.6), for LiteVAE(model="litevae-variant").
 
     extractor          "unet", or "nafnet" (Table 18)
     shared_extractor   one extractor reads all levels (Table 19)
@@ -1357,8 +1340,9 @@ class ViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-ENCODERS |= {"litevae-variant": build_variant_encoder}
 MODELS |= {"litevae-variant": LiteVAE, "sd-vae": SDVAE, "vae-small": SDVAE, "dwt": DWTVAE, "dwt-2": DWTVAE}
+ENCODERS |= {"litevae-variant": build_variant_encoder, "sd-vae": SDVAEEncoder, "vae-small": build_small_encoder,
+             "dwt": DWTEncoder, "dwt-2": DWTEncoder}
 
 
 # --- 11  Other losses (Eq. 2, Tables 8 and 14 to 16) --------------------------------------------------

@@ -914,8 +914,9 @@ def test_sd_vae_equals_diffusers_with_the_same_weights(released):
 @pytest.fixture
 def narrow(monkeypatch):
     """Part II's encoders with few channels."""
-    monkeypatch.setitem(litevae.SD_ENCODERS, "sd-vae", {"channels": 8, "ch_mult": (1, 2, 4, 4)})
-    monkeypatch.setitem(litevae.SD_ENCODERS, "vae-small", {"channels": 8, "ch_mult": (2, 3, 3, 4)})
+    for model, ch_mult in {"sd-vae": (1, 2, 4, 4), "vae-small": (2, 3, 3, 4)}.items():
+        monkeypatch.setitem(litevae.ENCODERS, model, lambda latent_dim, ch_mult=ch_mult: litevae.SDVAEEncoder(
+            latent_dim, 8, ch_mult))
     monkeypatch.setitem(litevae.NAFNETS, "S", (8, 2))
 
 
