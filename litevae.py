@@ -305,7 +305,7 @@ class LiteVAEEncoder(nn.Module):
 
     # Differs: the pseudocode runs level 2 through level 1's extractor; the parameter counts need three.
 
-    about = ""  # of Part II's encoders, what is different in them
+    about = ""  # part of the printed name; Part II's encoders say here what is different in them
 
     def __init__(self, extractors, aggregator):
         super().__init__()
@@ -894,7 +894,6 @@ def build_autoencoder(config):
     return MODELS[config.get("model", "litevae")](**config)
 
 
-
 class CheckpointError(ValueError):
     """A file that is damaged or the wrong kind of checkpoint; the message is one line."""
 
@@ -927,7 +926,7 @@ def write_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, format=CHECKPOINT_FORMAT):
-    """The dict that was written to `path`, on the CPU; of a released Stable Diffusion autoencoder, such a dict.
+    """The dict in the file `path`, on the CPU. A released Stable Diffusion autoencoder is converted to such a dict.
 
     FileNotFoundError if there is no such file, CheckpointError if it is damaged or no checkpoint of this `format`.
     """

@@ -52,8 +52,9 @@ from tqdm import tqdm
 
 from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, PRESETS, CheckpointError, ESRGANPerceptual, LiteVAE,
                      PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
-                     autoencoder_loss, build_autoencoder, discriminator_loss, gradient_norms, hinge_d_loss, hinge_g_loss, ldl_loss,
-                     load_checkpoint, logistic_d_loss, logistic_g_loss, one_line, save_checkpoint)
+                     autoencoder_loss, build_autoencoder, discriminator_loss, gradient_norms, hinge_d_loss,
+                     hinge_g_loss, ldl_loss, load_checkpoint, logistic_d_loss, logistic_g_loss, one_line,
+                     save_checkpoint)
 
 # --- 1  The two recipes -------------------------------------------------------------------------------
 
@@ -568,7 +569,7 @@ def prepare(args, machine, checkpoint):
 
 
 def config_of(args):
-    """What build_autoencoder needs, and a checkpoint keeps."""
+    """The autoencoder's config: what build_autoencoder reads and a checkpoint keeps."""
     config = {key: getattr(args, key) for key in ("model", *DECODER, *ENCODER)}
     if args.model != "litevae":
         return {key: config[key] for key in ("model", *DECODER)}
