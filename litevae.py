@@ -612,7 +612,7 @@ class LiteVAE(Autoencoder):
                       inverse transform makes the image
     use_1x1_conv      1x1 convolutions around the latent (App. D.2; Table 17 finds them harmful)
     scaling_factor    what diffusion multiplies latents by to bring them to unit variance; train.py measures it
-    variant           model="litevae-variant" and the arguments of build_variant_encoder, in Part II
+    variant           model="litevae-variant" and its options, which section 10 lists: other parts in the encoder
     """
 
     def __init__(self, size="B", latent_dim=4, decoder_channels=128, use_smc=False, output_type="image",
