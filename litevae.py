@@ -940,6 +940,8 @@ def load_checkpoint(path, format=CHECKPOINT_FORMAT):
         if format == CHECKPOINT_FORMAT and "format" not in content:
             return released_sd_vae(content)
         problem = f"its format is {content.get('format')}"
+        if str(content.get("format")).startswith(format.rstrip("0123456789")):
+            problem += ": another version of this program wrote it, so train it anew"
     except pickle.UnpicklingError:
         problem = "it holds more than tensors, numbers and strings, and Python objects are not loaded"
     except Exception as error:  # zipfile and torch raise a dozen kinds for a dozen kinds of damage
