@@ -816,7 +816,7 @@ class Images:
             if self.resolution and self.resize == "bicubic":
                 return train.as_tensor(train.load_image(path, self.resolution))
             image = train.as_tensor(np.asarray(train.open_rgb(path)))  # (3, H, W)
-        except (train.NotAnImage, OSError) as error:
+        except OSError as error:
             return f"{path} ({one_line(error)})"
         return resize_bilinear(image, self.resolution) if self.resolution else inception_resize(image[None] / 255)[0]
 

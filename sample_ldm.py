@@ -13,7 +13,7 @@ holds the autoencoder too, so sampling needs that one file. From top to bottom:
     2  Sampling      Eq. 4, EDM      sigma_schedule, heun_sampler, stochastic_sampler, guided
     3  The network   LDM             UNet, PRESETS
     4  The step                      DiffusionTask
-    5  Latents       Sec. 1          encode, decode, and CachedLatents
+    5  Latents       Sec. 1          encode, decode, CachedLatents
     6  Checkpoints                   save_ldm, load_ldm
     7  Sampling images               sample, draw
     8  Options                       the two recipes, build_parser, main
@@ -27,7 +27,6 @@ import argparse
 import functools
 import math
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import train
 from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoint, load_weights, upsample,
@@ -112,13 +112,13 @@ def heun_sampler(denoise, x, sigmas):
     return x
 
 
-def stochastic_sampler(denoise, x, sigmas, randn, churn=40.0, churn_min=0.0, churn_max=math.inf, churn_noise=1.0):
+def stochastic_sampler(denoise, x, sigmas, randn, churn=40.0, churn_min=0.1, churn_max=100.0, churn_noise=1.003):
     """Algorithm 2 of EDM: the SDE of Eq. 4. Before each Heun step new noise is added, and sigma raised to match.
 
     `churn` (S_churn) controls the Langevin term (beta in Eq. 4): new noise replaces old, which corrects
     errors of earlier steps. It acts where churn_min <= sigma <= churn_max (S_tmin, S_tmax);
-    churn_noise (S_noise), slightly above 1, offsets the detail that denoisers remove. randn() gives noise of
-    x's shape. With churn 0 it is heun_sampler.
+    churn_noise (S_noise), slightly above 1, offsets the detail that denoisers remove. The defaults are EDM's for
+    ImageNet (Table 5), at std 1 instead of 0.5. randn() gives noise of x's shape. With churn 0 it is heun_sampler.
     """
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
         # At most sqrt(2) - 1: no more new noise than is present.
@@ -329,10 +329,10 @@ class DiffusionTask:
     """The denoiser in the latent space of a frozen autoencoder, and one update of it: what `train.fit` runs."""
 
     shown = ["loss", "encode_share"]
-    fields = ["loss", "grad_norm", "lr", "encode_share", "val_loss"]
 
     def __init__(self, args, machine, denoiser, vae, held_out, classes=()):
         self.args, self.machine, self.held_out, self.skipped = args, machine, held_out, 0
+        self.title = f"the {args.model} denoiser" + (f" of {len(classes)} classes" if classes else "")
         self.classes = list(classes)
         self.vae = vae.to(machine.device).eval().requires_grad_(False)
         self.denoiser = denoiser.to(machine.device).train()
@@ -343,7 +343,7 @@ class DiffusionTask:
         self.parallel = machine.parallel(self.denoiser)
 
     def step(self, batch, step, log):
-        """One update on a batch of (images or cached posteriors, labels). Returns what is logged, and "finite"."""
+        """One update on a batch of images or cached posteriors. Returns what is logged, and if it was finite."""
         args, machine = self.args, self.machine
         items, label = batch
         lr = train.learning_rate(step, args)
@@ -366,10 +366,10 @@ class DiffusionTask:
         [finite] = train.update([self.optimizer], [grad_norm], lr)
         if finite:
             self.ema.update(self.denoiser)
-        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "finite": finite}
+        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         if log:
             values["encode_share"] = (encoded - started) / (machine.now() - started)
-        return values
+        return values, finite
 
     def drop(self, label):
         """Labels, a share of which (--class-dropout) becomes the label for none, for classifier-free guidance."""
@@ -419,42 +419,35 @@ def prepare(args, machine, checkpoint):
         classes = checkpoint["classes"] if args.resume else find_classes(args.data)
         label = functools.partial(class_number, classes)
     torch.manual_seed(args.seed)
-    dataset, held_out, about = train.open_images(args, train.Shapes, label)
+    dataset, held_out = train.open_images(args, train.Shapes, label)
     if args.resume:
         denoiser, vae = build(checkpoint, ema=False)
     else:
         vae = LiteVAE.from_checkpoint(checkpoint)
-        train.check_resolution(vae, args.resolution)
         denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
     task = DiffusionTask(args, machine, denoiser, vae, held_out, classes)
-    start = task.resume(checkpoint) if args.resume else 0
-    about = f"{len(classes)} classes; {about}" if classes else about
-    train.announce(f"the {args.model} denoiser", denoiser, vae.config.latent_dim, about, args, machine, start)
     if args.cache_latents:
-        path = Path(args.out, "latents.pt")
-        cache_latents(path, dataset, vae, args, machine)
-        dataset = CachedLatents(path, args.seed)
-    return task, dataset, start
+        dataset = CachedLatents(dataset, vae, args, machine)
+    return task, dataset, train.resume(task, checkpoint) if args.resume else 0
 
 
 def find_classes(folder):
-    """The classes of built-in shapes, or of a folder of images: its sub-folders.
-
-    UsageError unless every image is in one of several.
-    """
+    """The classes: the kinds of built-in shapes, or the sub-folders of --data. UsageError if there are not several."""
     if not folder:
         return list(train.SHAPES)
     classes = sorted({class_of(file, folder) for file in train.find_images(folder)})
-    if "" in classes or len(classes) < 2:
-        raise train.UsageError("--class-cond takes the sub-folders of --data for classes: there must be two or more, "
-                               f"and every image of {folder} in one of them")
+    if len(classes) < 2:
+        raise train.UsageError(f"--class-cond takes the sub-folders of --data for classes: {folder} needs two or more")
     return classes
 
 
 def class_of(file, root):
-    """The first folder on the way from `root` to an image, "" where there is none."""
-    parts = Path(file).relative_to(root).parts
-    return parts[0] if len(parts) > 1 else ""
+    """The first folder on the way from `root` to an image. UsageError if the image is in `root` itself."""
+    first, *below = Path(file).relative_to(root).parts
+    if not below:
+        raise train.UsageError(f"{file} is in no folder that could be its class: --class-cond takes the sub-folders of "
+                               f"{root}, two or more")
+    return first
 
 
 def class_number(classes, file, root):
@@ -487,67 +480,41 @@ BUILT_IN_CACHE = 2048  # how many of the endless built-in images --cache-latents
 class CachedLatents:
     """Posteriors of a fixed set of images, encoded once: position -> ((2, nz, h, w) float16, label), mean and std.
 
-    The usual way around a heavy encoder (Sec. 1): crops are lost and disk space is needed. The quick start takes it
-    because its denoiser is cheaper than even a light encoder. Flips are kept, by encoding each image twice: no encoder
-    promises that a flipped image's latent is the flipped latent. The set is shuffled anew each epoch.
+    This is the usual way around a heavy encoder (Sec. 1). Random crops are lost. The quick start takes it because its
+    denoiser costs less than even a light encoder. Flips are kept: each image is encoded twice, for the latent of a
+    flipped image is not the flipped latent. The set is shuffled anew each epoch.
     """
 
-    def __init__(self, path, seed):
-        cache = torch.load(path, weights_only=True, mmap=True)
-        self.moments, self.labels = cache["moments"], cache["labels"]  # (N, 2 flips, 2, nz, h, w), (N,)
-        self.seed = seed
+    def __init__(self, images, vae, args, machine):
+        count, self.seed = BUILT_IN_CACHE, args.seed
+        if args.data:
+            images = train.ImageFolder(images.files, args.resolution, augment=False, labels=images.labels)
+            count = len(images)
+        loader = DataLoader(images, args.batch_size, sampler=range(count), num_workers=machine.workers(args.workers),
+                            worker_init_fn=train.ignore_signals)
+        moments, labels = [], []
+        for image, label in tqdm(loader, "encoding", disable=machine.rank > 0, leave=False):
+            image = machine.images(image)
+            with machine.autocast():
+                views = [torch.stack(encode(vae, view), dim=1) for view in (image, image.flip(-1))]
+            moments.append(torch.stack(views, dim=1).half().cpu())
+            labels.append(label)
+        self.moments, self.labels = torch.cat(moments), torch.cat(labels)  # (N, 2 flips, 2, nz, h, w), (N,)
+
+    def __len__(self):
+        return len(self.moments)
 
     def __getitem__(self, position):
-        epoch, index = divmod(position, len(self.moments))
-        index = train.permutation(len(self.moments), self.seed, epoch)[index]
+        epoch, index = divmod(position, len(self))
+        index = train.permutation(len(self), self.seed, epoch)[index]
         flip = np.random.default_rng((self.seed, 1, position)).integers(2)
         return self.moments[index, flip].clone(), int(self.labels[index])
 
 
-def cache_latents(path, dataset, vae, args, machine):
-    """Encode the images of `dataset` and their mirror images into `path`, unless that is there already.
-
-    UsageError if it was made from something else: other images, another resolution or another autoencoder.
-    """
-    if args.data:
-        images = train.ImageFolder(dataset.files, args.resolution, augment=False, labels=dataset.labels)
-        count = len(images)
-        names = "\n".join(str(Path(file).relative_to(args.data)) for file in images.files)
-    else:
-        images, count, names = dataset, BUILT_IN_CACHE, f"shapes {args.seed}"
-    weights = 0
-    for tensor in vae.state_dict().values():
-        weights = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), weights)
-    made_from = {"count": count, "images": zlib.crc32(names.encode(errors="surrogateescape")), "vae": weights,
-                 "resolution": args.resolution, "scaling_factor": vae.config.scaling_factor}
-    if path.exists():
-        if torch.load(path, weights_only=True, mmap=True)["made_from"] != made_from:
-            raise train.UsageError(f"{path} holds latents of other images or of another autoencoder: delete it, or "
-                                   "choose another --out")
-        return
-    moments, labels = [], []
-    stream = train.batches(images, args.batch_size, 0, machine, args.workers, count)
-    with train.progress_bar(count, desc="encoding", disable=machine.rank > 0) as bar:
-        for image, label in stream:
-            image = machine.images(image)
-            with machine.autocast():  # (B, 2, nz, h, w) each
-                views = [torch.stack(encode(vae, view), dim=1) for view in (image, image.flip(-1))]
-            whole = machine.gather(torch.stack(views, dim=1).half())  # (world * B, 2, 2, nz, h, w)
-            label = machine.gather(label.to(machine.device))
-            if machine.rank == 0:
-                moments.append(whole.cpu())
-                labels.append(label.cpu())
-            bar.update(len(whole))
-    if machine.rank == 0:
-        write_checkpoint(path, {"made_from": made_from, "moments": torch.cat(moments)[:count],
-                                "labels": torch.cat(labels)[:count]})
-    machine.wait()
-
-
 # --- 6  Checkpoints -----------------------------------------------------------------------------------
-# The autoencoder travels in the diffusion checkpoint, rather than its path and a checksum: latents mean
-# something to that very autoencoder alone, and files get moved, trained on and deleted. It adds 0.2 GB with
-# Stable Diffusion's decoder, where the state of the "ldm" network and its optimiser is 4.4 GB.
+# The diffusion checkpoint holds the autoencoder itself, not its path: latents mean something to that autoencoder
+# alone, and files get moved, trained on and deleted. It adds 0.2 GB with Stable Diffusion's decoder, where the state of
+# the "ldm" network and its optimiser is 4.4 GB.
 LDM_FORMAT = "litevae-ldm-3"
 
 
@@ -565,11 +532,6 @@ def load_ldm(path):
     missing = {"config", "model", "ema", "vae", "resolution", "classes"} - checkpoint.keys()
     if missing:
         raise CheckpointError(f"{path} holds no {' and no '.join(sorted(missing))}: it is no diffusion checkpoint")
-    config = checkpoint["config"]
-    if not (isinstance(config, dict) and config.get("num_res_blocks", 2) <= 16 and len(config.get("ch_mult", ())) <= 8):
-        raise CheckpointError(f"{path} describes no denoiser of this program: {config}")
-    if checkpoint["resolution"] < 8:
-        raise CheckpointError(f"{path} says its images have {checkpoint['resolution']} pixels a side, where 8 is least")
     return checkpoint
 
 
@@ -582,7 +544,6 @@ def build(checkpoint, ema=True):
 # --- 7  Sampling images -------------------------------------------------------------------------------
 
 GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
-CHURN_RANGE, CHURN_NOISE = (0.1, 100.0), 1.003  # of --churn. EDM's for ImageNet, Table 5, at std 1 instead of 0.5
 
 
 def sample(args):
@@ -598,56 +559,46 @@ def sample(args):
     machine = train.Machine(args.device, args.precision)
     for module in (denoiser, vae):
         module.to(machine.device).eval().requires_grad_(False)
-    churn = {"churn": args.churn, "churn_min": args.churn_range[0], "churn_max": args.churn_range[1],
-             "churn_noise": args.churn_noise} if args.churn else {}
-    # On a CPU the decoder's feature maps leave the cache in larger batches.
+    # On a CPU larger batches are slower: the decoder's feature maps do not fit the cache.
     batch_size = args.batch_size or (8 if machine.device.type == "cpu" else 64)
 
-    out, number = args.out or Path(args.ldm).with_name("samples"), 1
-    while not args.out and out.exists():
-        number += 1
-        out = out.with_name(f"samples-{number}")
+    out = args.out or Path(args.ldm).with_name("samples")
     folder = out / "images"
     if folder.exists() and any(folder.iterdir()):
         raise train.UsageError(f"{folder} already holds images: choose another --out")
     machine.wait()  # before the first of them makes the folder
     folder.mkdir(parents=True, exist_ok=True)
     mine = range(machine.rank, args.n, machine.world)
-    status = 0
-    try:
-        with train.progress_bar(len(mine), disable=machine.rank > 0) as bar:
-            for first in range(0, len(mine), batch_size):
-                numbers = mine[first:first + batch_size]
-                label = class_labels(numbers, classes, args.classes, machine)
-                images = draw(denoiser, vae, machine, ImageNoise(args.seed, numbers), height // 8, width // 8,
-                              args.steps, label, args.guidance, **churn)
-                if not images.isfinite().all():
-                    raise train.UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
-                for number, image in zip(numbers, images):
-                    pixels = (train.to_pixels(image) * 255).round().byte().permute(1, 2, 0)  # (H, W, 3)
-                    Image.fromarray(pixels.numpy()).save(folder / f"{number:06}.png")
-                bar.update(len(numbers))
-    except KeyboardInterrupt:
-        status = 130
+    with train.progress_bar(len(mine), disable=machine.rank > 0) as bar:
+        for first in range(0, len(mine), batch_size):
+            numbers = mine[first:first + batch_size]
+            label = class_labels(numbers, classes, args.classes, machine)
+            images = draw(denoiser, vae, machine, ImageNoise(args.seed, numbers), height // 8, width // 8, args.steps,
+                          label, args.guidance, args.churn)
+            if not images.isfinite().all():
+                raise train.UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
+            for number, image in zip(numbers, images):
+                pixels = (train.to_pixels(image) * 255).round().byte().permute(1, 2, 0)  # (H, W, 3)
+                Image.fromarray(pixels.numpy()).save(folder / f"{number:06}.png")
+            bar.update(len(numbers))
     machine.wait()
-    files = sorted(folder.glob("*.png"))
-    if machine.rank == 0 and files:
-        shown = [train.as_tensor(np.asarray(train.open_rgb(path))) / 127.5 - 1 for path in files[:64]]
+    if machine.rank == 0:
+        files = sorted(folder.glob("*.png"))[:64]
+        shown = [train.as_tensor(np.asarray(train.open_rgb(path))) / 127.5 - 1 for path in files]
         train.save_grid(out / "grid.png", [shown[i:i + 8] for i in range(0, len(shown), 8)])
-        print(f"{'stopped; ' if status else ''}{len(files)} images of {height}x{width}: {folder}, the first of them: "
-              f"{out / 'grid.png'}")
-    return status
+        print(f"{args.n} images of {height}x{width}: {folder}, the first of them: {out / 'grid.png'}")
+    return 0
 
 
 @torch.no_grad()
-def draw(denoiser, vae, machine, noise, h, w, steps=18, label=None, guidance=1.0, **churn):
-    """Images, (B, 3, 8h, 8w), about [-1, 1], on the CPU, from an ImageNoise; `churn` goes to stochastic_sampler."""
+def draw(denoiser, vae, machine, noise, h, w, steps=18, label=None, guidance=1.0, churn=0.0):
+    """Images, (B, 3, 8h, 8w), about [-1, 1], on the CPU, from an ImageNoise."""
     shape = (denoiser.net.config.latent_dim, h, w)
     randn = lambda: noise(shape).to(machine.device)  # noqa: E731
     sigmas, denoise = sigma_schedule(steps), guided(denoiser, label, guidance)
     with machine.autocast():
         x = sigmas[0] * randn()  # (B, nz, h, w)
-        x = stochastic_sampler(denoise, x, sigmas, randn, **churn) if churn else heun_sampler(denoise, x, sigmas)
+        x = stochastic_sampler(denoise, x, sigmas, randn, churn) if churn else heun_sampler(denoise, x, sigmas)
         return decode(vae, x).cpu()
 
 
@@ -692,56 +643,49 @@ DATA = dict(
     noise_std=1.0, lr=2e-4, beta1=0.9, beta2=0.99, lr_warmup=1000, lr_decay=0.0, ema=0.9999, save_every=2_000,
     log_every=50)
 
-OPTIONS = {
-    **train.RUN_OPTIONS,
-    "latents": {
-        "vae": (str, "the autoencoder: a checkpoint of train.py, whose EMA weights are taken, or a released Stable "
-                     "Diffusion autoencoder (default: the LiteVAE-S that comes with this repository). --resolution is "
-                     "by default the one it was trained at"),
-        "cache_latents": (bool, "encode every image and its mirror image once, before training, into --out; without it "
-                                "images are encoded on the fly, with crops and flips")},
-    "diffusion": {
-        "model": (list(PRESETS), "quick on a CPU, small for an hour on one GPU, ldm is the paper's"),
-        "noise_mean": (train.number, "mean of ln sigma in training, P_mean of EDM"),
-        "noise_std": (train.positive, "std of ln sigma in training, P_std of EDM"),
-        "class_cond": (bool, "learn classes: the kinds of built-in shapes, or the sub-folders of --data"),
-        "class_dropout": (train.fraction, "share of examples trained without their class, for guidance")},
-    **train.OPTIMISER_OPTIONS,
-}
-
 
 def build_parser():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     about = "Train a denoiser on the latents of an autoencoder, which the checkpoint then holds too."
-    train.add_options(commands.add_parser("train", help=about, description=about), OPTIONS, QUICK_START, DATA)
+    group = functools.partial(train.option_group, commands.add_parser("train", help=about, description=about),
+                              quick=QUICK_START, data=DATA)
+    train.add_training_options(group)
+    add = group("latents")
+    add("--vae", type=train.filename, help="the autoencoder: a checkpoint of train.py, whose EMA weights are "
+        "taken, or a released Stable Diffusion autoencoder; it also gives the default of --resolution (default: the "
+        "LiteVAE-S of this repository)")
+    add("--cache-latents", action=train.SWITCH, help="encode every image and its mirror image once, before training; "
+        "else images are encoded on the fly, with random crops and flips")
+    add = group("diffusion")
+    add("--model", choices=list(PRESETS), help="the denoiser: quick on a CPU, small for an hour on one GPU, ldm is the "
+        "paper's")
+    add("--noise-mean", type=train.number, help="mean of ln sigma in training, P_mean of EDM")
+    add("--noise-std", type=train.positive, help="std of ln sigma in training, P_std of EDM")
+    add("--class-cond", action=train.SWITCH, help="learn classes: the kinds of built-in shapes, or the sub-folders of "
+        "--data")
+    add("--class-dropout", type=train.fraction, help="share of examples trained without their class, for guidance")
 
     about = "Write images of a trained diffusion model: DIR/grid.png, and one PNG file an image into DIR/images, a " \
             "folder that `eval.py fid` reads."
     add = commands.add_parser("sample", help=about, description=about).add_argument
-    add("--ldm", metavar="CKPT", default="runs/ldm/checkpoint.pt", help="checkpoint of sample_ldm.py train (default: "
-        "runs/ldm/checkpoint.pt)")
-    add("-n", type=train.positive_int, default=64, help="how many (default: 64)")
-    add("--steps", type=train.positive_int, default=18, help="noise levels; all but the last cost two evaluations "
-        "(default: 18)")
-    add("--seed", type=train.seed, default=0, help="image i depends on it and on i alone (default: 0)")
-    add("--batch-size", type=train.positive_int, help="images at a time: speed and memory, not results, rounding aside "
-        "(default: 64, on a CPU 8)")
+    add("--ldm", metavar="CKPT", default="runs/ldm/checkpoint.pt", help="checkpoint (default: runs/ldm/checkpoint.pt)")
+    add("-n", type=train.positive_int, default=64, help="number of images (default: 64)")
+    add("--steps", type=train.positive_int, default=18, help="noise levels of the sampler (default: 18)")
+    add("--seed", type=train.seed, default=0, help="image i depends on the seed and on i alone (default: 0)")
+    add("--batch-size", type=train.positive_int, help="images at a time (default: 64, on a CPU 8)")
     add("--size", type=size, metavar="S|HxW", help="pixels, multiples of 8, such as 64x96 (default: that of training)")
-    add("--out", metavar="DIR", type=Path, help="(default: samples beside the checkpoint, or samples-2, -3, ...)")
-    add("--class", dest="classes", metavar="NAME", nargs="+", help="classes, in turn (default: all of them)")
-    add("--guidance", type=train.number, default=GUIDANCE, help="classifier-free guidance, for a model with classes; 1 "
-        f"is none (default: {GUIDANCE})")
-    add("--churn", type=train.non_negative, default=0.0, help="S_churn of EDM's stochastic sampler, Algorithm 2, for "
-        "example 40; 0 is Heun's, Algorithm 1 (default: 0)")
-    add("--churn-range", type=train.non_negative, nargs=2, metavar=("MIN", "MAX"), default=CHURN_RANGE,
-        help="noise levels at which it acts, S_tmin and S_tmax (default: {} {})".format(*CHURN_RANGE))
-    add("--churn-noise", type=train.non_negative, default=CHURN_NOISE, help=f"S_noise (default: {CHURN_NOISE})")
-    add("--raw-weights", action="store_true", help="the raw weights instead of the EMA weights")
+    add("--out", metavar="DIR", type=Path, help="folder for the images (default: samples, beside the checkpoint)")
+    add("--class", dest="classes", metavar="NAME", nargs="+", help="classes to sample, in turn (default: all)")
+    add("--guidance", type=train.number, default=GUIDANCE, help="strength of classifier-free guidance, of models with "
+        f"classes; 1 is without (default: {GUIDANCE})")
+    add("--churn", type=train.non_negative, default=0.0, help="S_churn of EDM's stochastic sampler, Algorithm 2, "
+        "for example 40; 0 is Heun's method, Algorithm 1 (default: 0)")
+    add("--raw-weights", action="store_true", help="sample with the raw weights instead of the EMA weights")
     add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="bf16 runs the networks in bfloat16; auto does where GPU or CPU are built for it (default: auto)")
+        help="of the networks; auto is bf16 where it is fast (default: auto)")
     return parser
 
 
@@ -758,9 +702,7 @@ def merge(typed):
     if not checkpoint:
         checkpoint = load_checkpoint(options["vae"])
         options["resolution"] = options["resolution"] or checkpoint.get("args", {}).get("resolution", 256)
-    args = argparse.Namespace(**options)
-    train.share_of_batch(args)
-    return args, checkpoint
+    return argparse.Namespace(**options), checkpoint
 
 
 def main(argv=None):
@@ -770,8 +712,7 @@ def main(argv=None):
             return sample(args)
         args, checkpoint = merge(vars(args))
         machine = train.Machine(args.device, args.precision)
-        task, dataset, start = prepare(args, machine, checkpoint)
-        return train.fit(task, args, machine, dataset, start)
+        return train.fit(*prepare(args, machine, checkpoint))
     return train.run_script("sample_ldm.py", work)
 
 

@@ -11,33 +11,32 @@
 A run writes into --out:  checkpoint.pt  (weights, EMA weights, optimisers, step),  log.csv  (every logged
 value),  curves.png  and  reconstructions-STEP.png  (held-out images beside their reconstructions).
 
-From top to bottom:
+From top to bottom, each function below the one that calls it:
 
     1  The two recipes         QUICK_START, PAPER
-    2  Options                 build_parser, parse_args
-    3  The step                AutoencoderTask: Eq. 1 and the discriminator
-    4  The loop                fit, main
+    2  Options                 main, parse_args, build_parser
+    3  The loop                prepare, fit
+    4  The step                AutoencoderTask: Eq. 1 and the discriminator
     The method ends here. Below are its parts, and what every training script needs:
-    5  Ablations of the step   AblationTask: adaptive weight, LDL, gradient ratio
+    5  What options choose     config_of, build_discriminator, AblationTask
     6  Images                  open_images, find_images, ImageFolder, DeadLeaves, Shapes, load_image
     7  PSNR, grids and plots   psnr, save_grid, plot
     8  The machine             batches, Machine: device, precision, processes
-    9  Around the loop         EMA, signals, lock, log, run_script
+    9  Around the loop         EMA, signals, log, run_script
    10  Built-in images         dead_leaves, shape
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import functools
-import io
+import itertools
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ import scipy.ndimage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -62,7 +61,7 @@ from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, PRESETS, CheckpointError,
 COMMON = dict(
     data=None, val=None, init=None, resume=False, seed=0, workers=None, device=None, precision="auto", compile=False,
     clip=1.0, model="litevae", use_1x1_conv=False, extractor="unet", shared_extractor=False, aggregator="unet",
-    last_two_levels=False, weight_ldl=0.0, adv_loss="hinge", adaptive_weight=False, disc_channels=64,
+    last_two_levels=False, weight_ldl=0.0, adv_loss="hinge", adaptive_weight=False, grad_ratio=False, disc_channels=64,
     disc_start=None, disc_warmup=None,
     **{f"weight_{name}": weight for name, weight in LOSS_WEIGHTS.items()})
 
@@ -75,7 +74,7 @@ QUICK_START = dict(
     size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True,
     resolution=48, batch_size=4, steps=1490,
     lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, ema=0.99,
-    perceptual="none", weight_wavelet=0.1, weight_gaussian=0.0, weight_kl=1e-4,
+    perceptual="none", weight_mse=10.0, weight_wavelet=0.1, weight_gaussian=0.0, weight_kl=1e-4,
     discriminator="none", save_every=745, log_every=20)
 
 # What `--data` runs. Paper: App. F for model, batch, steps, optimiser; Sec. 4.3 for the losses.
@@ -90,7 +89,6 @@ PAPER = dict(
 
 PERCEPTUAL = {"lpips": LPIPS, "esrgan": ESRGANPerceptual}
 ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "logistic": (logistic_g_loss, logistic_d_loss)}
-SMALLEST = {"none": 8, "unet": 16, "patchgan": 24, "stylegan": 8}  # smallest resolution of each discriminator
 
 # Options stored in the autoencoder's config: of every model's decoder, and of LiteVAE's encoder.
 DECODER = ("latent_dim", "decoder_channels", "output_type", "use_smc")
@@ -99,7 +97,7 @@ ENCODER = ("size", "use_1x1_conv", *VARIANT)
 
 # {option: the options that do nothing where it is "none", or where --model is not litevae}
 SWITCHES = {"model": ENCODER, "perceptual": ("weight_perceptual",), "discriminator": (
-    "disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight")}
+    "disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight", "grad_ratio")}
 
 HELD_OUT = 64  # images at most
 TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to try; the README says how it was trained
@@ -108,151 +106,17 @@ TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to 
 # --- 2  Options ---------------------------------------------------------------------------------------
 
 
-def checked(kind, fits, words):
-    """An argparse type: kind(text); an error with `words` unless fits(value)."""
-    def parse(text):
-        value = kind(text)
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
-        return value
-    parse.__name__ = kind.__name__  # argparse's own refusal names it: "invalid int value"
-    return parse
-
-
-positive_int = checked(int, lambda v: v > 0, "a whole number above 0")
-natural = checked(int, lambda v: v >= 0, "a whole number, 0 or above")
-multiple_of_8 = checked(int, lambda v: v > 0 and v % 8 == 0, "a multiple of 8")
-seed = checked(int, lambda v: 0 <= v < 2**32 - 1, f"a whole number from 0 to {2**32 - 2}")
-positive = checked(float, lambda v: 0 < v < math.inf, "a number above 0")
-non_negative = checked(float, lambda v: 0 <= v < math.inf, "a number, 0 or above")
-number = checked(float, math.isfinite, "a finite number")
-fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
-
-# {group: {option: (kind, help)}}; kind is an argparse type, a list of choices, or bool for a switch. An option that is
-# not given is not in the namespace: its value comes from a recipe, or with --resume from the checkpoint.
-
-RUN_OPTIONS = {"run": {
-    "data": (str, "folder of images to train on, searched recursively (default: built-in images)"),
-    "val": (str, f"folder of held-out images, of which {HELD_OUT} evenly spaced ones are measured (default: 1 file in "
-                 f"20 of --data, {HELD_OUT} at most, evenly spaced)"),
-    "out": (str, "folder for checkpoint, log and pictures (default: runs/quickstart, with --data runs/litevae; of "
-                 "sample_ldm.py runs/ldm)"),
-    "resume": (bool, "go on from --out's checkpoint, with the options it was started with"),
-    "steps": (positive_int, "updates of the model"),
-    "batch_size": (positive_int, "images a step, over all processes"),
-    "resolution": (multiple_of_8, "side of the square crops in pixels, a multiple of 8"),
-    "seed": (seed, "seed of weights, images and noise"),
-    "save_every": (positive_int, "steps between checkpoints, pictures and held-out measurements"),
-    "log_every": (positive_int, "steps between rows of log.csv"),
-    "workers": (natural, "processes that load images (default: one a core, 8 at most; on a CPU none)"),
-    "device": (str, "cuda, cuda:1, mps, cpu (default: the best there is)"),
-    "precision": (["auto", "fp32", "bf16"], "of the networks; auto is bf16 on GPUs and CPUs built for it"),
-    "compile": (bool, "torch.compile the model: a slow start, then faster steps")}}
-
-OPTIMISER_OPTIONS = {"optimisation": {
-    "lr": (positive, "Adam's learning rate"),
-    "beta1": (fraction, "Adam's first beta"),
-    "beta2": (fraction, "Adam's second beta"),
-    "lr_warmup": (natural, "steps of linear warm-up"),
-    "lr_decay": (fraction, "share of the steps, at the end, over which the rate falls linearly to 0"),
-    "clip": (positive, "largest gradient norm"),
-    "ema": (fraction, "decay of the EMA weights, reached from (1+n)/(10+n)")}}
-
-OPTIONS = {
-    **RUN_OPTIONS,
-    "the start": {
-        "init": (str, "start from this checkpoint's EMA weights and discriminator, e.g. with --resolution 256 for the "
-                      "second stage; or from a released Stable Diffusion autoencoder")},
-    "Tables 1, 2, 11, 12, 13 and 22: the autoencoder": {
-        "model": (["litevae", "sd-vae", "vae-small", "dwt", "dwt-2"], "LiteVAE; Stable Diffusion's; that with a small "
-                  "encoder; a wavelet transform and a decoder"),
-        "size": (list(PRESETS), "LiteVAE's encoder, Tables 23 and 24"),
-        "latent_dim": (positive_int, "channels of the latent; dwt has 12, dwt-2 has 48"),
-        "decoder_channels": (positive_int, "width of the decoder; 128 is Stable Diffusion's"),
-        "output_type": (["image", "wavelet"], "what the decoder predicts")},
-    "Table 4 and Figure 8: normalisation in the decoder": {
-        "use_smc": (bool, "SMC instead of GroupNorm, Sec. 4.2")},
-    "Table 17: 1x1 convolutions around the latent": {
-        "use_1x1_conv": (bool, "with them")},
-    "Tables 18 to 21: the parts of LiteVAE's encoder": {
-        "extractor": (["unet", "nafnet"], "Table 18: extracts a level's features"),
-        "shared_extractor": (bool, "Table 19: one extractor for all levels"),
-        "aggregator": (["unet", "vit"], "Table 20: joins the levels; vit works at one resolution only"),
-        "last_two_levels": (bool, "Table 21: without the level of the highest resolution")},
-    **OPTIMISER_OPTIONS,
-    "Eq. 1 and Table 9: weights of the losses, 0 is without": {
-        f"weight_{name}": (non_negative, f"of the {name} term") for name in ("l1", "kl", "wavelet", "gaussian")},
-    "Table 14: perceptual loss": {
-        "perceptual": ([*PERCEPTUAL, "none"], "LPIPS, or ESRGAN's VGG features before their activation"),
-        "weight_perceptual": (non_negative, "its weight")},
-    "Table 15: locally discriminative learning": {
-        "weight_ldl": (non_negative, "weight of the LDL term, 1 in its paper; 0 is without")},
-    "Table 10: discriminator": {
-        "discriminator": (["unet", "stylegan", "patchgan", "none"], "stylegan is StyleGAN2's"),
-        "disc_channels": (positive_int, "its width"),
-        "disc_start": (natural, "step from which its loss counts (default: a quarter of --steps; 0 if --init brings a "
-                                "trained one)"),
-        "disc_warmup": (natural, "steps it trains before that, and over which its weight then ramps up (default: a "
-                                 "tenth of --disc-start)")},
-    "Table 16: adversarial loss": {
-        "adv_loss": (list(ADVERSARIAL), "of both players; logistic is the non-saturating one")},
-    "Table 8 and Figure 7: weight of the adversarial loss": {
-        "weight_adv": (non_negative, "a constant"),
-        "adaptive_weight": (bool, "instead the adaptive weight of Eq. 2")},
-}
-
-
-def add_options(parser, options, quick, data):
-    """Add a table of options to the parser, each with its default in the quick start and with --data in the help."""
-    for title, group in options.items():
-        add = parser.add_argument_group(title).add_argument
-        for key, (kind, help) in group.items():
-            if quick.get(key) is not None:
-                differs = data[key] != quick[key]
-                help += f" (default: {quick[key]}" + (f", with --data {data[key]})" if differs else ")")
-            how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-            if kind is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            add(flag(key), help=help, default=argparse.SUPPRESS, **how)
-
-
-def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, OPTIONS, QUICK_START, PAPER)
-    return parser
-
-
-# Options that --resume may change; all others stay.
-CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precision", "compile", "data", "val", "lr",
-              "clip", "resume", "out"}
-
-
-def merge(typed, recipe, load=load_checkpoint):
-    """A recipe's options, or with --resume the run's, updated by those given; and the run's checkpoint or None."""
-    path = Path(typed["out"], "checkpoint.pt")
-    if not typed.get("resume"):
-        if path.exists():
-            raise UsageError(f"{typed['out']} already holds a run: go on with --resume, or choose another --out")
-        return {**recipe, **typed}, None
-    checkpoint = load(path)
-    if not {"training", "args", "step", "ema"} <= checkpoint.keys():
-        raise UsageError(f"{path} holds a model but no training state: it cannot be resumed")
-    kept = {**recipe, **checkpoint["args"]}  # the file may be older than an option
-    for key in typed.keys() - CHANGEABLE:
-        if typed[key] != kept.get(key):
-            raise UsageError(f"the run in {typed['out']} was started with {flag(key)} {kept.get(key)}, not "
-                             f"{typed[key]}: a resumed run keeps it, so leave the option out")
-    options = {**kept, **typed}
-    if checkpoint["step"] >= options["steps"]:
-        raise UsageError(f"the run in {typed['out']} has done its {checkpoint['step']} steps: raise --steps to go on")
-    return options, checkpoint
+def main(argv=None):
+    def work():
+        args, checkpoint = parse_args(argv)
+        machine = Machine(args.device, args.precision)
+        return fit(*prepare(args, machine, checkpoint))
+    return run_script("train.py", work)
 
 
 def parse_args(argv=None):
     """The options of the command line as a namespace, and the checkpoint of --resume or --init, or None."""
     typed = vars(build_parser().parse_args(argv))
-    if typed.get("resume") and "out" not in typed:
-        raise UsageError("--resume needs --out, the folder of the run to go on with")
     typed.setdefault("out", "runs/litevae" if "data" in typed else "runs/quickstart")
     recipe = PAPER if "data" in typed else QUICK_START
     if typed.get("model") in DWT_LATENTS:
@@ -274,38 +138,291 @@ def parse_args(argv=None):
             if off and key in typed:
                 raise UsageError(f"{flag(key)} does nothing with {flag(switch)} {options[switch]}: leave it out")
     args = argparse.Namespace(**options)
-    check(args)
+    if "disc_start" in typed and args.disc_start >= args.steps:
+        raise UsageError(f"the discriminator's loss would start at step {args.disc_start}, beyond the last of "
+                         f"{args.steps}: lower --disc-start, raise --steps, or go without it: --discriminator none")
+    smallest = 24 if args.discriminator == "patchgan" else 16
+    if args.resolution < smallest and {args.discriminator, args.perceptual} != {"none"}:
+        raise UsageError(f"the discriminator and the perceptual loss need a --resolution of at least {smallest}")
+    groups = 4 * int(os.environ.get("WORLD_SIZE", 1))
+    if args.discriminator == "stylegan" and args.batch_size % groups:
+        raise UsageError("--discriminator stylegan compares images in groups of 4: make --batch-size a multiple of "
+                         f"{groups}")
     return args, checkpoint
 
 
-def check(args):
-    """UsageError for combinations that argparse cannot check."""
-    share_of_batch(args)
-    smallest = max(SMALLEST[args.discriminator], 16 if args.perceptual != "none" else 8)
-    if args.resolution < smallest:
-        raise UsageError(f"the discriminator and the perceptual loss need a --resolution of at least {smallest}, "
-                         f"got {args.resolution}")
-    if args.discriminator == "stylegan" and share_of_batch(args) % 4:
-        raise UsageError("--discriminator stylegan compares images in groups of 4: make --batch-size a multiple of 4 "
-                         "for each process")
-    if args.discriminator != "none" and (args.disc_start or 0) >= args.steps:
-        raise UsageError(f"the discriminator's loss would start at step {args.disc_start}, beyond the last of "
-                         f"{args.steps}: lower --disc-start, raise --steps, or go without it: --discriminator none")
+# Options that --resume may change; all others stay.
+CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precision", "compile", "data", "val", "lr",
+              "clip", "resume", "out"}
 
 
-# --- 3  The step (Eq. 1, Sec. 4.3) --------------------------------------------------------------------
+def merge(typed, recipe, load=load_checkpoint):
+    """A recipe's options, or with --resume the run's, updated by those typed; and the run's checkpoint or None."""
+    path = Path(typed["out"], "checkpoint.pt")
+    if not typed.get("resume"):
+        if path.exists():
+            raise UsageError(f"{typed['out']} already holds a run: go on with --resume, or choose another --out")
+        return {**recipe, **typed}, None
+    checkpoint = load(path)
+    try:
+        kept, done = {**recipe, **checkpoint["args"]}, int(checkpoint["step"])  # it may be older than an option
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{path} holds a model but no training state: it cannot be resumed")
+    for key in typed.keys() - CHANGEABLE:
+        if typed[key] != kept.get(key):
+            raise UsageError(f"the run in {typed['out']} was started with {flag(key)} {kept.get(key)}, not "
+                             f"{typed[key]}: a resumed run keeps it, so leave the option out")
+    options = {**kept, **typed}
+    if done >= options["steps"]:
+        raise UsageError(f"the run in {typed['out']} has done its {done} steps: raise --steps to go on")
+    return options, checkpoint
+
+
+def build_parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = functools.partial(option_group, parser, quick=QUICK_START, data=PAPER)
+    add_training_options(group)
+    add = group("start")
+    add("--init", type=filename, help="checkpoint whose EMA weights and discriminator training starts from; or a "
+        "released Stable Diffusion autoencoder (default: random weights)")
+
+    add = group("Tables 1, 2, 11, 12, 13 and 22: the autoencoder")
+    add("--model", choices=["litevae", "sd-vae", "vae-small", "dwt", "dwt-2"], help="LiteVAE; Stable Diffusion's; "
+        "Stable Diffusion's with a small encoder; a wavelet transform instead of an encoder")
+    add("--size", choices=list(PRESETS), help="size of LiteVAE's encoder, Tables 23 and 24")
+    add("--latent-dim", type=positive_int, help="channels of the latent; dwt has 12, dwt-2 has 48")
+    add("--decoder-channels", type=positive_int, help="width of the decoder; 128 is Stable Diffusion's")
+    add("--output-type", choices=["image", "wavelet"], help="what the decoder predicts")
+    add = group("Table 4 and Figure 8: normalisation in the decoder")
+    add("--use-smc", action=SWITCH, help="self-modulated convolutions instead of GroupNorm, Sec. 4.2")
+    add = group("Table 17: 1x1 convolutions around the latent")
+    add("--use-1x1-conv", action=SWITCH, help="a 1x1 convolution after the encoder and one before the decoder")
+    add = group("Tables 18 to 21: the parts of LiteVAE's encoder")
+    add("--extractor", choices=["unet", "nafnet"], help="Table 18: the network that extracts a level's features")
+    add("--shared-extractor", action=SWITCH, help="Table 19: one extractor for all levels")
+    add("--aggregator", choices=["unet", "vit"], help="Table 20: the network that joins the features of all levels; "
+        "vit works at one resolution only")
+    add("--last-two-levels", action=SWITCH, help="Table 21: leave out the level of the highest resolution")
+
+    add = group("Eq. 1, Tables 8 and 9: weights of the losses; 0 leaves a loss out")
+    for loss in LOSS_WEIGHTS:
+        add(f"--weight-{loss}", type=non_negative, help=f"weight of the {loss} loss")
+    add = group("Table 14: perceptual loss")
+    add("--perceptual", choices=[*PERCEPTUAL, "none"], help="LPIPS, or ESRGAN's VGG features before their activation")
+    add = group("Table 15: locally discriminative learning")
+    add("--weight-ldl", type=non_negative, help="weight of the LDL loss, 1 in its paper; 0 leaves it out")
+    add = group("Table 10: discriminator")
+    add("--discriminator", choices=["unet", "stylegan", "patchgan", "none"], help="stylegan is StyleGAN2's")
+    add("--disc-channels", type=positive_int, help="channels of the discriminator at full resolution")
+    add("--disc-start", type=natural, help="step from which the adversarial loss counts (default: a quarter of "
+        "--steps, or 0 if --init brings a trained discriminator)")
+    add("--disc-warmup", type=natural, help="steps that the discriminator trains before that, and over which the "
+        "weight of the adversarial loss then rises from 0 (default: a tenth of --disc-start)")
+    add = group("Table 16: adversarial loss")
+    add("--adv-loss", choices=list(ADVERSARIAL), help="loss of both players; logistic is the non-saturating one")
+    add = group("Table 8 and Figure 7: weight of the adversarial loss")
+    add("--adaptive-weight", action=SWITCH, help="the adaptive weight of Eq. 2 instead of --weight-adv")
+    add("--grad-ratio", action=SWITCH, help="log the norm of the adversarial loss's gradient over that of the "
+        "reconstruction's, at the decoder's last layer, as in Figure 7")
+    return parser
+
+
+def add_training_options(group):
+    """The options of every training script."""
+    add = group("run")
+    add("--data", type=filename, help="folder of images to train on, searched recursively (default: built-in images)")
+    add("--val", type=filename, help=f"folder of held-out images, of which {HELD_OUT} are measured (default: 1 "
+        f"in 20 of --data, {HELD_OUT} at most, evenly spaced)")
+    add("--out", type=filename, help="folder for checkpoint, log and pictures (default: runs/quickstart, with "
+        "--data runs/litevae; for sample_ldm.py runs/ldm)")
+    add("--resume", action=SWITCH, help="go on from the checkpoint in --out, with the options it was started with")
+    add("--steps", type=positive_int, help="updates of the model")
+    add("--batch-size", type=positive_int, help="images a step, over all processes")
+    add("--resolution", type=multiple_of_8, help="side of the square crops in pixels, a multiple of 8")
+    add("--seed", type=seed, help="seed of weights, images and noise")
+    add("--save-every", type=positive_int, help="steps between checkpoints, pictures and held-out measurements")
+    add("--log-every", type=positive_int, help="steps between rows of log.csv")
+    add("--workers", type=natural, help="processes that load images (default: one a core, 8 at most; on a CPU none)")
+    add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    add("--precision", choices=["auto", "fp32", "bf16"], help="of the networks; auto is bf16 where it is fast")
+    add("--compile", action=SWITCH, help="torch.compile the model: a slow start, then faster steps")
+    add = group("optimisation")
+    add("--lr", type=positive, help="Adam's learning rate")
+    add("--beta1", type=fraction, help="Adam's first beta")
+    add("--beta2", type=fraction, help="Adam's second beta")
+    add("--lr-warmup", type=natural, help="steps over which the learning rate first rises linearly")
+    add("--lr-decay", type=fraction, help="share of the steps, at the end, over which the rate falls linearly to 0")
+    add("--clip", type=positive, help="gradients with a larger norm are scaled down to this one")
+    add("--ema", type=fraction, help="decay of the EMA weights; after n steps (1+n)/(10+n), if that is less")
+
+
+def option_group(parser, title, quick, data):
+    """argparse's add_argument for a group of options, whose help then states the default in both recipes.
+
+    An option that is not typed is not in the namespace: its value comes from a recipe, or with --resume from the run.
+    """
+    group = parser.add_argument_group(title)
+
+    def add(name, help, **how):
+        key = name[2:].replace("-", "_")
+        if quick.get(key) is not None:
+            differs = data[key] != quick[key]
+            help += f" (default: {quick[key]}" + (f", with --data {data[key]})" if differs else ")")
+        group.add_argument(name, help=help, default=argparse.SUPPRESS, **how)
+    return add
+
+
+SWITCH = argparse.BooleanOptionalAction
+
+
+def checked(kind, fits, words):
+    """An argparse type: kind(text); an error with `words` unless fits(value)."""
+    def parse(text):
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
+        return value
+    parse.__name__ = kind.__name__  # argparse's own refusal names it: "invalid int value"
+    return parse
+
+
+filename = checked(str, bool, "the name of a file or folder")  # no unset variable of a shell
+positive_int = checked(int, lambda v: 0 < v < 2**31, "a whole number above 0")
+natural = checked(int, lambda v: 0 <= v < 2**31, "a whole number, 0 or above")
+multiple_of_8 = checked(int, lambda v: 0 < v < 2**16 and v % 8 == 0, "a multiple of 8")
+seed = checked(int, lambda v: 0 <= v < 2**32 - 1, f"a whole number from 0 to {2**32 - 2}")
+positive = checked(float, lambda v: 0 < v < math.inf, "a number above 0")
+non_negative = checked(float, lambda v: 0 <= v < math.inf, "a number, 0 or above")
+number = checked(float, math.isfinite, "a finite number")
+fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+
+
+# --- 3  The loop --------------------------------------------------------------------------------------
+
+MAX_BAD_STEPS = 20  # not finite, in a row
+ADVICE = "go on from the last checkpoint with --resume, or start again, with a lower --lr or --precision fp32"
+
+
+def prepare(args, machine, checkpoint):
+    """The task, its data set and the step to start from."""
+    torch.manual_seed(args.seed)
+    dataset, held_out = open_images(args, DeadLeaves)
+    try:
+        vae = LiteVAE.from_checkpoint(checkpoint) if checkpoint else build_autoencoder(config_of(args))
+        discriminator = build_discriminator(args)
+    except ValueError as error:  # a checkpoint, a resolution or a latent that does not fit
+        raise UsageError(str(error))
+    perceptual = None
+    if args.perceptual != "none" and args.weight_perceptual:
+        try:
+            perceptual = PERCEPTUAL[args.perceptual]()
+        except OSError as error:
+            raise UsageError(f"{error}; or go without it: --perceptual none")
+
+    # Fine-tuning goes on with the discriminator of the first stage, if it has the same shape.
+    shapes = lambda weights: {name: tensor.shape for name, tensor in weights.items()}  # noqa: E731
+    trained = (checkpoint or {}).get("training", {}).get("discriminator", {})
+    goes_on = discriminator and shapes(trained) == shapes(discriminator.state_dict())
+    if goes_on:
+        discriminator.load_state_dict(trained)
+    # Unspecified: when the adversarial loss starts. Figure 7's axis begins at 40,000 of 200,000 steps; LDM and
+    # diffusers start at 50,001: a quarter. A trained discriminator starts at once.
+    if args.disc_start is None:
+        args.disc_start = 0 if goes_on else args.steps // 4
+    if args.disc_warmup is None:
+        args.disc_warmup = args.disc_start // 10
+
+    kind = AblationTask if args.weight_ldl or args.adaptive_weight or args.grad_ratio else AutoencoderTask
+    task = kind(args, machine, vae, held_out, perceptual, discriminator)
+    return task, dataset, resume(task, checkpoint) if args.resume else 0
+
+
+def fit(task, dataset, start):
+    """The training loop. Returns the exit status: 0, or 128 + the signal's number after a stop signal.
+
+    task.step(batch, step, log)  one update; returns scalars (all of them if `log`), and whether it was finite
+    task.report(step)            pictures and held-out numbers (rank 0 only); returns scalars
+    task.save(step)              writes the checkpoint (rank 0 only)
+    task.shown, task.skipped     the scalars on the progress bar; how many steps were not finite
+    task.args, task.machine      options and device; task.title, .vae, .ema and .held_out are read by `announce`
+    """
+    args, machine, main = task.args, task.machine, task.machine.rank == 0
+    stream = batches(dataset, args.batch_size, start, machine, args.workers)
+    if main:
+        announce(task, dataset, start)
+        log = Log(args, start)
+    done, bad, good, stopped, received = start, 0, True, False, stop_signals()
+    bar = progress_bar(args.steps, start, disable=not main)
+    try:
+        while done < args.steps and not stopped:
+            batch = next(stream)
+            torch.manual_seed(args.seed * 1_000_003 + done)  # a resumed run draws the same noise
+            due = (done + 1) % args.save_every == 0 or done + 1 == args.steps
+            logged = due or (done + 1) % args.log_every == 0 or done == 0
+            values, finite = task.step(batch, done, logged)
+            done += 1
+            bar.update()
+
+            # A step that is not finite changes no weights. Several in a row: the weights are bad, and are not saved.
+            task.skipped += not finite
+            bad = 0 if finite else bad + 1
+            good = bad < 2
+            stopped = machine.any(bool(received))
+            if bad == MAX_BAD_STEPS or (not good and (due or stopped)):
+                raise UsageError(f"the gradients of {bad} steps up to step {done} are not finite: {ADVICE}")
+
+            if logged:
+                values = {**machine.mean(values), "skipped": task.skipped}
+            if main and stopped:
+                task.save(done)  # before the report, for a second signal ends the process
+            if main and (due or stopped):
+                report = task.report(done)
+                good = all(map(math.isfinite, report.values()))
+                if not good:
+                    raise UsageError(f"the EMA weights of step {done} are not finite: {ADVICE}")
+                task.save(done)
+                values |= report
+                bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
+            if main and logged:
+                bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
+                log.write(done, values)
+            if main and (due or stopped):
+                log.plot()
+    except Exception:  # a killed loader, a folder that is gone, no memory left: nothing good is lost
+        if main and good and done > start:
+            task.save(done)
+            bar.write(f"saved after step {done}")
+        raise
+    finally:
+        bar.close()
+    machine.wait()  # torchrun ends all processes with the first that fails
+    if done == args.steps:
+        return 0
+    if main:
+        print(f"stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
+    return 128 + (received[0] if received else signal.SIGTERM)
+
+
+def resume(task, checkpoint):
+    """The step from which the run in a checkpoint goes on, with its state in the task. CheckpointError."""
+    try:
+        return task.resume(checkpoint)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's training state does not fit its model ({one_line(error)})") from None
+
+
+# --- 4  The step (Eq. 1, Sec. 4.3) --------------------------------------------------------------------
 
 
 class AutoencoderTask:
     """An autoencoder, its discriminator, and one update of each: what `fit` runs."""
 
     shown = ["loss", "l1"]
-    fields = ["loss", *LOSS_WEIGHTS, "ldl", "recon", "kl_nats", "latent_std", "latent_max", "posterior_std",
-              "grad_norm", "lr", "d_loss", "logits_real", "logits_fake", "adv_weight", "grad_ratio", "psnr"]
 
     def __init__(self, args, machine, vae, held_out, perceptual=None, discriminator=None):
         self.args, self.machine, self.held_out, self.skipped = args, machine, held_out, 0
         betas = (args.beta1, args.beta2)
+        self.title = vae.name
         self.vae = vae.to(machine.device).train()
         self.ema = EMA(self.vae, args.ema)
         self.optimizer = torch.optim.Adam(self.vae.parameters(), args.lr, betas, fused=True)
@@ -323,25 +440,24 @@ class AutoencoderTask:
         self.vae_parallel = machine.parallel(self.vae)
 
     def step(self, batch, step, log):
-        """One update of the autoencoder, one of the discriminator. Returns what is logged, and "finite"."""
+        """One update of the autoencoder, one of the discriminator. Returns what is logged, and if all was finite."""
         args = self.args
         image = self.machine.images(batch[0])  # (B, 3, H, W) in [-1, 1]
         lr = learning_rate(step, args)
 
-        # Encode, sample, decode. Weights stay in float32, the networks run in bf16 where that is fast.
+        # Encode, sample, decode.
         B, _, H, W = image.shape
         noise = self.machine.randn((B, self.vae.config.latent_dim, H // 8, W // 8))  # (B, nz, h, w)
-        with self.machine.autocast():
-            output = self.vae_parallel(image, noise=noise)
+        output = self.reconstruct(image, noise)
 
         # Eq. 1 and its gradients. The adversarial weight ramps up from 0 over disc_warmup steps.
         fake_logits = self.judge(output.sample) if self.discriminator and step >= args.disc_start else None
         ramp = min(1.0, (step + 1 - args.disc_start) / max(1, args.disc_warmup))
-        loss, terms = self.loss(output, image, noise, fake_logits, ramp, log)
+        loss, terms = self.loss(image, output, fake_logits, ramp)
         norms = [backward(loss, self.vae, self.optimizer, args.clip)]
         values = {"loss": loss, "grad_norm": norms[0], "lr": lr, **terms}
 
-        # The discriminator, on the same reconstructions; it trains before disc_start, too.
+        # The discriminator, on the same reconstructions. It starts to train disc_warmup steps before disc_start.
         if self.discriminator and step >= args.disc_start - args.disc_warmup:
             with self.machine.autocast():
                 logits = self.d_parallel(torch.cat([image, output.sample.detach()]))  # UNet: (2B, 1), (2B, 1, H, W)
@@ -355,23 +471,16 @@ class AutoencoderTask:
         finite = update([self.optimizer, self.d_optimizer], norms, lr)
         if finite[0]:
             self.ema.update(self.vae)
-        values["finite"] = all(finite)
         if log:
             d = output.latent_dist
             values |= {"kl_nats": output.kl_reg, "latent_std": d.mean.std(), "latent_max": d.mean.abs().max(),
                        "posterior_std": d.std.mean()}
-        return values
+        return values, all(finite)
 
-    def loss(self, output, image, noise, fake_logits, ramp, log):
-        """Eq. 1: the loss, (), and a dict of its terms. `ramp`, 0 to 1, scales the adversarial weight.
-
-        `noise` and `log` are for AblationTask.
-        """
-        weights = {**self.weights, "adv": ramp * self.weights["adv"]}
-        loss, terms = autoencoder_loss(output, image, weights, self.perceptual, fake_logits, self.g_loss)
-        if fake_logits is not None:
-            terms["adv_weight"] = weights["adv"]
-        return loss, terms
+    def reconstruct(self, image, noise):
+        """The autoencoder's output. Weights stay in float32, the networks run in bf16 where that is fast."""
+        with self.machine.autocast():
+            return self.vae_parallel(image, noise=noise)
 
     def judge(self, image):
         """The discriminator's logits, with gradients for the image only."""
@@ -380,6 +489,14 @@ class AutoencoderTask:
             logits = self.discriminator(image)
         self.discriminator.requires_grad_(True)
         return logits
+
+    def loss(self, image, output, fake_logits, ramp):
+        """Eq. 1: the loss, (), and a dict of its terms. `ramp`, 0 to 1, scales the adversarial weight."""
+        weights = {**self.weights, "adv": ramp * self.weights["adv"]}
+        loss, terms = autoencoder_loss(output, image, weights, self.perceptual, fake_logits, self.g_loss)
+        if fake_logits is not None:
+            terms["adv_weight"] = weights["adv"]
+        return loss, terms
 
     @torch.no_grad()
     def report(self, step):
@@ -393,7 +510,7 @@ class AutoencoderTask:
             latents.append(output.latent.cpu().double())  # (B, nz, h, w)
             pairs += zip(image[:8 - len(pairs)], output.sample)
         # The config stores the factor that gives latents unit variance, as in diffusers.
-        self.vae.config.scaling_factor = round(1 / torch.cat(latents).std().item(), 5)
+        self.vae.config.scaling_factor = round(1 / max(torch.cat(latents).std().item(), 1e-6), 5)
         save_grid(Path(self.args.out, f"reconstructions-{step:06}.png"),
                   [sum(pairs[i:i + 4], ()) for i in range(0, len(pairs), 4)])
         return {"psnr": torch.cat(psnrs).mean().item()}
@@ -447,125 +564,7 @@ def learning_rate(step, args):
     return args.lr * min(1.0, up, down)
 
 
-# --- 4  The loop --------------------------------------------------------------------------------------
-
-MAX_BAD_STEPS = 20  # not finite, in a row
-
-
-def fit(task, args, machine, dataset, start):
-    """The training loop. Returns the exit status: 0, or 128 + the signal's number after Ctrl-C, SIGTERM or SIGHUP.
-
-    task.step(batch, step, log)  one update; returns scalars (all that are logged if `log`) and whether it was "finite"
-    task.report(step)            pictures and held-out numbers (main process only); returns scalars
-    task.save(step)              writes the checkpoint (main process only)
-    task.fields, task.shown      the names of all these scalars, log.csv's columns; those on the progress bar
-    task.skipped                 a count, which is raised for each step that is not finite
-    """
-    main = machine.rank == 0
-    stream = batches(dataset, args.batch_size, start, machine, args.workers)
-    bad, done, since, images = 0, start, time.monotonic(), 0
-    with lock(args.out, main), stop_signals() as stop, progress_bar(args.steps, start, disable=not main) as bar:
-        log = CSVLog(Path(args.out, "log.csv"), [*task.fields, "images_per_second", "skipped"], start) if main else None
-        while done < args.steps:
-            try:
-                batch = next(stream)
-            except Exception:  # a deleted folder, a killed worker
-                if main and done > start and not bad:
-                    task.save(done)
-                    bar.write(f"saved after step {done}: there were no more images")
-                raise
-            torch.manual_seed(args.seed * 1_000_003 + done)  # so that all noise resumes exactly
-            due = (done + 1) % args.save_every == 0 or done + 1 == args.steps
-            logged = (done + 1) % args.log_every == 0 or due or done == 0
-            values = task.step(batch, done, logged)
-            done, images = done + 1, images + args.batch_size
-            bar.update()
-
-            finite = values.pop("finite")
-            bad = 0 if finite else bad + 1
-            task.skipped += not finite
-            if bad == MAX_BAD_STEPS:
-                raise UsageError(f"the gradient was not finite in {bad} steps up to step {done}: {way_back(args)}")
-            if logged:
-                values = machine.mean(values)
-            # With several processes this is an all-reduce, so only at logged steps.
-            stopped = (logged or machine.world == 1) and machine.any(bool(stop)) and done < args.steps
-            good = bad < 2  # one skipped step leaves good weights; after several in a row they may be broken
-            report, due = {}, due or stopped
-            if main and due:
-                if stopped and good:
-                    task.save(done)  # at once, for a second signal kills; and again with what the report measures
-                report = task.report(done)
-                bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
-            if main and logged:
-                values |= {"images_per_second": images / (time.monotonic() - since), "skipped": task.skipped}
-                bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
-                log.write(done, {**values, **report})
-                since, images = time.monotonic(), 0
-            measured = all(map(math.isfinite, report.values()))
-            if main and due:
-                if good and measured:
-                    task.save(done)
-                else:
-                    bar.write(f"not saved: step {done} was not finite")
-                log.plot()
-            if not measured or (done == args.steps and not good):
-                raise UsageError(f"what the run holds after step {done} is not finite: {way_back(args)}")
-            if stopped:
-                if main:
-                    bar.write(f"stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
-                machine.wait()  # torchrun ends all processes with the first that leaves
-                return 128 + (stop or [signal.SIGTERM])[0]
-    return 0
-
-
-def way_back(args):
-    there = Path(args.out, "checkpoint.pt").exists()
-    return (f"--resume from the checkpoint in {args.out}" if there else "start again") + " with a lower --lr or " \
-        "--precision fp32"
-
-
-def main(argv=None):
-    def work():
-        args, checkpoint = parse_args(argv)
-        machine = Machine(args.device, args.precision)
-        task, dataset, start = prepare(args, machine, checkpoint)
-        return fit(task, args, machine, dataset, start)
-    return run_script("train.py", work)
-
-
-def prepare(args, machine, checkpoint):
-    """The task, its data set and the step to start from."""
-    torch.manual_seed(args.seed)
-    dataset, held_out, about = open_images(args, DeadLeaves)
-    try:
-        vae = LiteVAE.from_checkpoint(checkpoint) if checkpoint else build_autoencoder(config_of(args))
-        discriminator = build_discriminator(args)
-    except ValueError as error:  # a checkpoint, a resolution or a latent that does not fit
-        raise UsageError(str(error))
-    check_resolution(vae, args.resolution)
-    perceptual = None
-    if args.perceptual != "none" and args.weight_perceptual:
-        try:
-            perceptual = PERCEPTUAL[args.perceptual]()
-        except OSError as error:
-            raise UsageError(f"{error}; or go without it: --perceptual none")
-    trained = (checkpoint or {}).get("training", {}).get("discriminator", {})
-    shapes = lambda weights: {name: tensor.shape for name, tensor in weights.items()}  # noqa: E731
-    goes_on = discriminator and shapes(trained) == shapes(discriminator.state_dict())
-    if goes_on:  # fine-tuning continues with it
-        discriminator.load_state_dict(trained)
-    # Unspecified: when the adversarial loss starts. Figure 7's axis begins at 40,000 of 200,000 steps; LDM and
-    # diffusers start at 50,001: a quarter. A trained discriminator starts at once.
-    if args.disc_start is None:
-        args.disc_start = 0 if goes_on else args.steps // 4
-    if args.disc_warmup is None:
-        args.disc_warmup = args.disc_start // 10
-    kind = AblationTask if discriminator or args.weight_ldl else AutoencoderTask
-    task = kind(args, machine, vae, held_out, perceptual, discriminator)
-    start = task.resume(checkpoint) if args.resume else 0
-    announce(vae.name, vae, vae.config.latent_dim, about, args, machine, start)
-    return task, dataset, start
+# --- 5  What options choose (Tables 2, 10 and 15 to 21, Figure 7) -------------------------------------
 
 
 def config_of(args):
@@ -586,38 +585,40 @@ def build_discriminator(args):
     return {"unet": UNetDiscriminator, "patchgan": PatchDiscriminator}[args.discriminator](args.disc_channels)
 
 
-# --- 5  Ablations of the step (Tables 8 and 15, Figure 7) ---------------------------------------------
-
-
 class AblationTask(AutoencoderTask):
-    """The step with what Eq. 1 does without: LDL, the adaptive weight of Eq. 2, the gradient ratio of Fig. 7.
-
-    Every run with a discriminator takes it, to log that ratio; the update changes only where an option asks for it.
-    """
+    """The step with what Eq. 1 does without: LDL, the adaptive weight of Eq. 2, the gradient ratio of Fig. 7."""
 
     def __init__(self, args, *parts):
-        if args.compile:  # the gradient ratio walks the graph before backward does: compiled code must keep its buffers
+        if args.compile:  # gradients at the last layer are taken before backward: compiled code must keep its buffers
             import torch._functorch.config as functorch
             functorch.donated_buffer = False
         super().__init__(args, *parts)
         self.last_layer = self.vae.decoder.conv_out.weight
 
-    def loss(self, output, image, noise, fake_logits, ramp, log):
+    def step(self, batch, step, log):
+        self.measure_ratio = log and self.args.grad_ratio
+        return super().step(batch, step, log)
+
+    def reconstruct(self, image, noise):
+        if self.args.weight_ldl:
+            with torch.no_grad(), self.machine.autocast():
+                self.x_ema = self.ema.model(image, noise=noise).sample
+        return super().reconstruct(image, noise)
+
+    def loss(self, image, output, fake_logits, ramp):
         args, average = self.args, self.machine.average
         adversarial = fake_logits is not None
         adaptive = args.adaptive_weight and adversarial
         # With Eq. 2 the adversarial term is added below, once there are gradients to weigh it by.
-        loss, terms = super().loss(output, image, noise, fake_logits, 0.0 if adaptive else ramp, log)
+        loss, terms = super().loss(image, output, fake_logits, 0.0 if adaptive else ramp)
         if args.weight_ldl:
-            with torch.no_grad(), self.machine.autocast():
-                x_ema = self.ema.model(image, noise=noise).sample
-            terms["ldl"] = ldl_loss(output.sample, image, x_ema)
+            terms["ldl"] = ldl_loss(output.sample, image, self.x_ema)
             terms["recon"] = terms["recon"] + args.weight_ldl * terms["ldl"]
             loss = loss + args.weight_ldl * terms["ldl"]
         if adaptive:
             terms["adv_weight"] = ramp * adaptive_weight(terms["recon"], terms["adv"], self.last_layer, average=average)
             loss = loss + terms["adv_weight"] * terms["adv"]
-        if adversarial and log:
+        if adversarial and self.measure_ratio:
             # Paper: Fig. 7 can only be about the unweighted L_adv, for with the adaptive weight of Eq. 2 the weighted
             # ratio would be 1/2 by construction.
             g_adv, g_recon = gradient_norms((terms["adv"], terms["recon"]), self.last_layer, average)
@@ -626,16 +627,15 @@ class AblationTask(AutoencoderTask):
 
 
 # --- 6  Images ----------------------------------------------------------------------------------------
-# dataset[position], for positions 0, 1, 2, ... without end, is (image, label): (3, H, W) uint8, and a number, 0
-# without classes. It depends on the seed and the position alone: a resumed run sees what it would have seen, and
-# ranks need no communication.
+# A data set is endless: dataset[position] is (image, label), a (3, H, W) uint8 tensor and the number of its class, 0
+# without classes. Both depend on the seed and the position alone. So a resumed run sees the images that it would have
+# seen, and processes need not tell one another what they have taken.
 
 
 def open_images(args, built_in, label=None):
-    """The images to train on, those held out, and a description.
+    """The images to train on, and a list of those held out. UsageError if there is nothing to read.
 
-    `built_in`, DeadLeaves or Shapes, is what there is without --data. `label`, a function of a file and of the folder
-    it was found below, gives the labels. UsageError if there is nothing to read.
+    Without --data they come from `built_in`, DeadLeaves or Shapes. label(file, root) is the number of a file's class.
     """
     def images(files, root, **how):
         return ImageFolder(files, args.resolution, labels=label and [label(file, root) for file in files], **how)
@@ -643,25 +643,20 @@ def open_images(args, built_in, label=None):
     files = find_images(args.data) if args.data else []
     candidates, root = (find_images(args.val), args.val) if args.val else (files, args.data)
     if candidates:
+        # Evenly spaced, so that no class of a sorted folder is alone.
         count = HELD_OUT if args.val else min(HELD_OUT, -(-len(files) // 20))
-        found = images(candidates, root, augment=False).spread(count)
+        whole = images(candidates, root, augment=False)
+        found = dict(whole.first_readable(i * len(candidates) // count) for i in range(count))
         held_out = list(found.values())
-        checksum = zlib.crc32("\n".join(os.path.relpath(name, root) for name in found).encode(errors="surrogateescape"))
-        if getattr(args, "held_out", checksum) != checksum:
-            print("Warning: the held-out images are no longer those the run began with: it may have trained on them")
-        args.held_out = checksum  # the checkpoint keeps it
     else:
         unseen = built_in(args.resolution, 2**32 - 1)  # a seed no run trains on
         held_out = [unseen[i] for i in range(HELD_OUT)]
     if not args.data:
-        return built_in(args.resolution, args.seed), held_out, f"built-in images, {len(held_out)} held out"
-    # A --val folder inside --data is left out as a whole.
+        return built_in(args.resolution, args.seed), held_out
+    # A --val folder inside --data is left out as a whole. Where no image is left, all are trained on.
     left_out = {os.path.realpath(file) for file in (candidates if args.val else found)}
     others = [file for file in files if os.path.realpath(file) not in left_out]
-    about = f"{len(others or files)} images of {args.data}, {len(held_out)} held out"
-    if not others:
-        others, about = files, about + " and trained on too, for there are no others"
-    return images(others, args.data, seed=args.seed), held_out, about
+    return images(others or files, args.data, seed=args.seed), held_out
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
@@ -669,33 +664,30 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".g
 
 
 def find_images(folder):
-    """Every image below `folder`, once, sorted, suffixes in any case. UsageError if there is none."""
-    if not os.path.isdir(folder):
-        raise UsageError(f"there is no folder {folder}")
-    files, seen = {}, set()
+    """Every image below `folder`, sorted, suffixes in any case. UsageError if there is none."""
+    files, entered = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(root, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(root, name)) for name in ["", *folders])
-        for name in sorted(names):
-            path = os.path.join(root, name)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(path):
-                files.setdefault(os.path.realpath(path), path)  # links lead to a file a second time
+        folders.sort()
+        if os.path.realpath(root) in entered:  # a link leads to it a second time
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(root))
+        files += [os.path.join(root, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     if not files:
-        raise UsageError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(files.values())
+        raise UsageError(f"there are no images in {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(files)
 
 
 class ImageFolder:
     """Image files as a stream: shuffled anew each epoch, cropped and flipped at random if `augment`.
 
-    position -> ((3, resolution, resolution) uint8, label); `labels` holds a number for each file. A file that cannot
-    be read is replaced by the next one that can, and printed if it is no image. UsageError if none can be read.
+    position -> ((3, resolution, resolution) uint8, label); `labels` holds a number for each file. If a file cannot be
+    read, its name is printed and the next file takes its place. UsageError if none can be read.
     """
 
     def __init__(self, files, resolution, seed=0, augment=True, labels=None):
         self.files, self.resolution, self.seed, self.augment = files, resolution, seed, augment
         self.labels = labels or [0] * len(files)
-        self.broken = torch.zeros(len(files), dtype=torch.uint8).share_memory_()  # known to all workers
         self[0]  # at least one file must be readable
 
     def __len__(self):
@@ -710,24 +702,14 @@ class ImageFolder:
     def first_readable(self, index, position=None):
         """The first file from `index` on that can be read, and its item; `position` seeds the augmentation."""
         for attempt in range(len(self.files)):
-            candidate = (index + attempt) % len(self.files)
-            if self.broken[candidate]:
-                continue
-            file = self.files[candidate]
-            # A new generator for each attempt: the crop is the same whether a broken file is found now or was known.
+            i = (index + attempt) % len(self.files)
             rng = np.random.default_rng((self.seed, 1, position)) if self.augment else None
             try:
-                return file, (as_tensor(load_image(file, self.resolution, rng)), self.labels[candidate])
-            except NotAnImage as error:
-                self.broken[candidate] = 1
-                tqdm.write(f"skipped, cannot be read: {file} ({error})")
-            except OSError:  # cannot be opened now: perhaps it can later
-                pass
+                image = as_tensor(load_image(self.files[i], self.resolution, rng))
+                return self.files[i], (image, self.labels[i])
+            except OSError as error:
+                tqdm.write(f"skipped, cannot be read: {self.files[i]} ({one_line(error)})")
         raise UsageError(f"none of the {len(self.files)} images can be read, {self.files[0]} for one")
-
-    def spread(self, count):
-        """{file: item} of `count` files evenly spaced over all, so that no class of a sorted folder is alone."""
-        return dict(self.first_readable(i * len(self.files) // count) for i in range(count))
 
 
 class DeadLeaves:
@@ -758,11 +740,13 @@ def permutation(n, seed, epoch):
 def load_image(path, resolution, rng=None):
     """The file as (resolution, resolution, 3) uint8 RGB: a random crop and flip with `rng`, else the centre.
 
-    Reduced (or, where it is smaller, enlarged) first. Errors are open_rgb's.
+    The image is first reduced, or enlarged if it is smaller. OSError as from open_rgb.
     """
     # Unspecified: augmentation. As in ADM's code: the crop takes 80 to 100 % of the shorter side.
     short = int(resolution if rng is None else rng.integers(resolution, int(resolution / 0.8) + 1))
     image = open_rgb(path, short)
+    if max(image.size) > 32 * min(image.size):  # enlarged whole, it could fill the memory
+        raise OSError("more than 32 times as long as it is wide")
     scale = short / min(image.size)
     width, height = [max(resolution, round(side * scale)) for side in image.size]
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -773,34 +757,25 @@ def load_image(path, resolution, rng=None):
     return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
 
 
-class NotAnImage(Exception):
-    """A file that was read and is no image, or a damaged one."""
-
-
 def open_rgb(path, short=None):
-    """The file as a PIL image in RGB, at its own size; with `short`, JPEGs may come smaller, down to that side.
+    """The file as a PIL image in RGB. A JPEG may come smaller, if its shorter side stays at least `short`.
 
     Grey, palette, alpha (on white), 16-bit and EXIF-rotated files come out as RGB the right way up. OSError for a file
-    that cannot be opened, NotAnImage for one that cannot be decoded.
+    that cannot be read or is no image.
     """
-    content = Path(path).read_bytes()
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(path)
         if short:
             image.draft("RGB", (short, short))  # JPEG: decode at 1/2, 1/4 or 1/8 if that is still enough
         image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels, whose range is unknown")
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise NotAnImage("it is no image that PIL knows") from None
     except Exception as error:  # PIL raises a dozen kinds for a dozen kinds of damage
-        raise NotAnImage(one_line(error)) from None
+        raise OSError(one_line(error)) from None
 
 
 def as_tensor(pixels):
@@ -876,12 +851,14 @@ def plot(path, panels, x_title, even=False):
 # --- 8  The machine -----------------------------------------------------------------------------------
 
 
-def batches(dataset, batch_size, start, machine, workers, count=sys.maxsize):
-    """This process's share of batches `start`, `start + 1`, ... of a stream that ends after `count` items, or never."""
+def batches(dataset, batch_size, start, machine, workers):
+    """This process's share of batches `start`, `start + 1`, ... of an endless stream of images."""
+    share, rest = divmod(batch_size, machine.world)
+    if rest:
+        raise UsageError(f"--batch-size {batch_size} cannot be shared by {machine.world} processes: make it a multiple")
     workers = machine.workers(workers)
-    share = batch_size // machine.world
     mine = range(machine.rank * share, (machine.rank + 1) * share)
-    positions = ([first + i for i in mine] for first in range(start * batch_size, count, batch_size))
+    positions = ([first + i for i in mine] for first in itertools.count(start * batch_size, batch_size))
     return iter(DataLoader(dataset, batch_sampler=positions, num_workers=workers, worker_init_fn=ignore_signals,
                            pin_memory=machine.device.type == "cuda", prefetch_factor=4 if workers else None))
 
@@ -897,7 +874,7 @@ class Machine:
             device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
         try:
             self.device = torch.device(device)
-            torch.zeros(1, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError):
             raise UsageError(f"the device {device} cannot be used here: choose another with --device, or leave it out")
         cuda = self.device.type == "cuda"
@@ -966,14 +943,6 @@ class Machine:
         """Return once every process has come here."""
         self.any(False)
 
-    def gather(self, tensor):
-        """The tensors of all processes, one after the other along the first dimension."""
-        if self.world == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-
     def now(self):
         """Seconds on a clock, once the device has done all it was given."""
         getattr(torch, self.device.type).synchronize()
@@ -991,6 +960,20 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def stop_signals():
+    """A list that receives Ctrl-C, SIGTERM and SIGHUP, so that a run can save first. A second one ends the process."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, note)
+    return received
+
+
 class UsageError(Exception):
     """Invalid input, printed without a traceback."""
 
@@ -1004,25 +987,16 @@ def flag(key):
     return "--" + key.replace("_", "-")
 
 
-def share_of_batch(args):
-    """Images a step for each process. UsageError if they cannot share the batch evenly."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: make it a multiple")
-    return args.batch_size // world
-
-
 def load_optimizer(optimizer, state):
-    """Take up the moments of a checkpoint; learning rate and the like come from the arguments. CheckpointError."""
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):  # fused Adam does not look at shapes
-        if i in state and any(state[i][name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
-            raise CheckpointError("the optimiser's state in the checkpoint is not that of its model")
+    """Take up the moments of a checkpoint; learning rate and the like come from the options. ValueError."""
+    parameters = optimizer.param_groups[0]["params"]
+    for i, moments in state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameters[i].shape:
+                raise ValueError("the optimiser's state is that of another model")
+            # Fused Adam walks through memory without a look at strides, which other versions saved differently.
+            moments[name] = torch.empty_like(parameters[i]).copy_(moments[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def progress_bar(total, start=0, **how):
-    """tqdm's, which off a terminal shows itself every ten seconds."""
-    return tqdm(total=total, initial=start, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **how)
 
 
 class EMA:
@@ -1038,119 +1012,89 @@ class EMA:
         self.updates += 1
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into: a run finishes its step and saves. A second one kills."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    wanted = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, note) for number in wanted}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def announce(task, dataset, start):
+    """Print the run in one line."""
+    args, machine, side = task.args, task.machine, task.args.resolution // 8
+    millions = sum(p.numel() for p in task.ema.model.parameters()) / 1e6
+    images = f"{len(dataset)} images of {args.data}" if args.data else "built-in images"
+    print(f"{task.title}, {millions:.2f} M parameters, latent {side}x{side}x{task.vae.config.latent_dim}; {images}, "
+          f"{len(task.held_out)} held out, at {args.resolution}x{args.resolution}; {machine.device}, "
+          f"{'bf16' if machine.bf16 else 'fp32'}; steps {start} to {args.steps}; all goes to {args.out}", flush=True)
 
 
-@contextlib.contextmanager
-def lock(folder, wanted=True):
-    """Keeps other runs out of a folder; the system releases it however this run ends. UsageError if there is one."""
-    with contextlib.ExitStack() as stack:
-        if wanted and os.name == "posix":
-            import fcntl  # not on Windows
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another run is writing into {folder}: choose another --out")
-        yield
+def progress_bar(total, start=0, **how):
+    """A tqdm bar. Where there is no terminal it is printed once in ten seconds."""
+    return tqdm(total=total, initial=start, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **how)
 
 
-class CSVLog:
-    """log.csv: one row a logged step; curves.png: each column over the steps.
+class Log:
+    """log.csv, a row for each logged step; curves.png, its main columns over the steps. Makes the folder --out."""
 
-    A resumed run drops the rows that its checkpoint has not seen. A file that is not this log's is kept aside.
-    """
-
-    def __init__(self, path, fields, start):
-        self.path, self.fields, self.rows = Path(path), ["step", *fields], []
+    def __init__(self, args, start):
+        self.path, self.rows = Path(args.out, "log.csv"), []
+        self.batch_size, self.step, self.since = args.batch_size, start, time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if start and self.path.exists():
             try:
                 with open(self.path, newline="") as file:
-                    self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-            except (KeyError, TypeError, ValueError, csv.Error):
-                aside = self.path.with_name(f"log-before-{start}.csv")
-                os.replace(self.path, aside)
-                print(f"{self.path} was edited and is no log of this run any more: it is kept as {aside}")
-        partial = self.path.with_suffix(".csv.partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, self.path)
+                    rows = csv.DictReader(file)
+                    rows = [{name: float(value) for name, value in row.items() if value} for row in rows]
+                self.rows = [row for row in rows if row["step"] <= start]  # without those after the checkpoint
+            except (KeyError, TypeError, ValueError):
+                raise UsageError(f"{self.path} is no log of this run any more: move it away")
 
     def write(self, step, values):
-        row = {"step": step, **{k: f"{v:.6g}" for k, v in values.items()}}
-        self.rows.append(row)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.fields).writerow(row)
+        now = time.monotonic()
+        speed = (step - self.step) * self.batch_size / (now - self.since)
+        self.step, self.since = step, now
+        self.rows.append({"step": step, **values, "images_per_second": speed})
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        partial = self.path.with_suffix(".csv.partial")
+        with open(partial, "w", newline="") as file:  # whole, for a row may bring a new column
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([f"{row[name]:.7g}" if name in row else "" for name in columns] for row in self.rows)
+        os.replace(partial, self.path)
 
     def plot(self):
-        """Draw the loss and what reports measure over the steps."""
         panels = {}
         for name in ("loss", "grad_ratio", "psnr", "val_loss"):
-            points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
-            points = [(step, value) for step, value in points if math.isfinite(value)]
+            points = [(int(row["step"]), row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]
             if points:
                 panels[name] = {"": points}
         if panels:
             plot(self.path.with_name("curves.png"), panels, "step")
 
 
-def announce(name, model, nz, about, args, machine, start):
-    """The run in one line; and the folder it writes into."""
-    if machine.rank == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        size, side = args.resolution, args.resolution // 8
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{name}, {millions:.2f} M parameters, latent {side}x{side}x{nz}; {about}, at {size}x{size}; "
-              f"{machine.device}, {'bf16' if machine.bf16 else 'fp32'}; steps {start} to {args.steps}; all goes to "
-              f"{args.out}", flush=True)
-
-
-def check_resolution(vae, resolution):
-    """UsageError if the autoencoder takes images of another resolution alone, as with a ViT aggregator."""
-    side = vae.config.get("resolution") or resolution
-    if side != resolution:
-        raise UsageError(f"the autoencoder has a ViT aggregator, which takes images of {side}x{side} alone (Table 20), "
-                         f"not of {resolution}x{resolution}")
-
-
 def run_script(name, work):
-    """work(), whose exit status is returned; invalid input becomes one sentence and status 1, Ctrl-C status 130."""
+    """The exit status of work(). Invalid input is printed as one sentence, with status 1; Ctrl-C gives status 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names that a terminal cannot print
     try:
         return work()
     except (UsageError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
-        words = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and MPS's, CPUs'
-        full = isinstance(error, MemoryError) or any(some in str(error) for some in words)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # The words of an error in a loader's process stand in the last line, behind its class.
+        text = lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]
+        signs = ("out of memory", "not enough memory", "allocate memory", "DataLoader worker")  # the last was killed
+        full = isinstance(error, MemoryError) or any(sign in text for sign in signs)
         if isinstance(error, RuntimeError) and not full:
             raise
         if int(os.environ.get("RANK", 0)) == 0:
-            advice = ": lower --batch-size, --size or --resolution" if full else ""
-            print(f"{name}: {one_line(error)}{advice}", file=sys.stderr)
+            advice = ": lower --batch-size, --resolution or --workers" if full else ""
+            print(f"{name}: {text}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the loop, which has its own way to stop
         print(f"{name}: stopped", file=sys.stderr)
         return 130
     finally:
+        # Loaders ignore SIGTERM, by which Python ends them: after an error it would wait for them without end.
+        loaders = multiprocessing.active_children()
+        if loaders:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when one dies
+        for loader in loaders:
+            loader.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
