@@ -7,8 +7,6 @@
     python eval.py cost                                  encoders against Stable Diffusion's         Table 3
     python eval.py latents --vae CKPT [IMAGE ...]        latents as pictures                         Figs. 2 and 4
     python eval.py features --vae CKPT [IMAGE ...]       decoder feature maps                        Fig. 3
-    python eval.py classes DIR                           do samples show what was asked for?         Tables 7 and 13
-    python eval.py results                               what repeated runs say of the paper's claims
 
 Each has its own --help. Without --vae they use the LiteVAE-S that comes with the repository, without --data or IMAGE
 the built-in images of train.py. From top to bottom:
@@ -17,19 +15,18 @@ the built-in images of train.py. From top to bottom:
     2  FID                     InceptionV3, FeatureStatistics, frechet_distance
     3  MMD                     mmd2
     4  Cost                    count_macs, peak_memory, throughput
-    5  Commands                recon, fid, scale, mmd, cost, latents, features, classes, results
+    5  Commands                recon, fid, scale, mmd, cost, latents, features
     6  Images and weights      Images, load_vae, load_metrics, encode
     7  Arguments and main
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +34,6 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -449,23 +445,17 @@ def fid_command(args):
 def scale(args):
     """The metrics of recon at several resolutions, for one or several checkpoints (Figs. 5 and 8).
 
-    Writes a table, a .csv and a plot. Images smaller than a resolution are enlarged to it: use photographs of 512
+    Writes a plot. Images smaller than a resolution are enlarged to it: use photographs of 512
     pixels or more. Needs what recon needs. With the quick start's model the five resolutions of an image take
     1.2 s without LPIPS and rFID.
     """
     records, titles, _ = measure_all(args, args.vae, args.resolutions)
     out = picture(args, args.vae[0], f"scale-{data_name(args)}.png")
-    table = out.with_suffix(".csv")
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["vae", "resolution", "n", "rfid", "lpips", "psnr", "ssim", "inception"],
-                                extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(records)
     panels = {title + (", dB" if key == "psnr" else ""): {
         path: [(r["resolution"], r[key]) for r in records if r["vae"] == path] for path in args.vae}
         for key, title in titles.items()}
     train.plot(out, panels, "resolution", even=True)
-    print(f"Table and plot: {table}, {out}")
+    print(f"Plot: {out}")
     return {"results": records}
 
 
@@ -479,8 +469,8 @@ def mmd(args):
     # 256x256). The repeats draw halves of one set of latents, which overlap: their std is no standard error.
     machine = exact_machine(args.device)
     vae, _ = load_vae(args.vae, args, machine)
-    images = Images(args.data, args.resolution or 256, args.limit)
-    factor = 1.0 if args.unscaled else vae.config.scaling_factor
+    images = Images(args.data, args.resolution or 256, args.limit or (4096 if args.data else None))
+    factor = vae.config.scaling_factor
     noise = torch.Generator().manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed + 1)
     latents = torch.cat([encode(vae, machine.images(batch), args.sample, noise).cpu().flatten(1) * factor
@@ -550,6 +540,8 @@ def latents(args):
     """
     vae, x, z = encode_pictures(args, built_in=8)
     y = vae.decode(z).sample
+    if not y.isfinite().all():
+        raise train.UsageError("the reconstructions are not finite: this checkpoint cannot be shown")
     print(f"{len(x)} images at {x.shape[2]}x{x.shape[3]}: latents of {'x'.join(map(str, z.shape[1:]))}")
     flat = z.transpose(0, 1).flatten(1)  # (nz, B h w)
     mean, std, largest = flat.mean(1), flat.std(1), flat.abs().amax(1)
@@ -608,180 +600,6 @@ def features(args):
     print(f"Inputs and the {len(order)} strongest maps (absolute values, one scale a row): {out}")
     return {"n": len(x), "maps": f.shape[1], "imbalance": imbalance, "spots": spots, "rms": rms.tolist(),
             "resolution": x.shape[2], "use_smc": vae.config.use_smc}
-
-
-def classes(args):
-    """Whether samples of sample_ldm.py's quick start show the class that was asked for, and whether any is a copy.
-
-    A small network learns to name the kinds of built-in shapes, from images that no run trains on, until it names at
-    least 99 % of others. Samples are taken to go through the classes in turn, as `sample` writes them, or to be all of
-    --class. Copies: samples nearer to a training image than new shapes ever are. Writes a picture: a row for each
-    class, four new shapes and the first samples. Needs only samples. Two minutes.
-    """
-    machine = exact_machine(args.device)
-    images = Images(args.samples, args.resolution, args.limit)
-    samples = torch.cat(list(images.batches(64, machine)))  # (N, 3, R, R)
-    if len(samples) < len(images):
-        raise train.UsageError("some samples cannot be read, so that it is not known which class each was to show")
-    names = list(train.SHAPES)
-    turn = [names.index(args.wanted)] if args.wanted else range(len(names))
-    wanted = torch.tensor([turn[i % len(turn)] for i in range(len(samples))])
-    unseen = 2**32 - 1  # a seed no run trains on
-    new, new_labels = shapes(args.resolution, unseen, range(512))
-    known, known_labels = shapes(args.resolution, unseen, range(512, 4608))
-    small = lambda x, side=32: F.adaptive_avg_pool2d(machine.images(x), side)  # noqa: E731
-    network, right = train_classifier((small(known), known_labels), (small(new), new_labels))
-    named = network(small(samples)).argmax(dim=1).cpu()
-    # Nearest neighbours among training images and their mirror images, at 16x16 pixels: the root of the mean squared
-    # difference.
-    seen, _ = shapes(args.resolution, args.seed, range(args.train_images))
-    seen = torch.cat([seen, seen.flip(-1)])
-    flat = lambda x: small(x, 16).flatten(1) / 768**0.5  # noqa: E731
-    of_samples, of_new = [torch.cdist(flat(x), flat(seen)).amin(dim=1) for x in (samples, new)]
-    numbers = {"n": len(samples), "classifier": right, "correct": (named == wanted).float().mean().item(),
-               "copies": (of_samples < of_new.min()).float().mean().item(),
-               "nearest": of_samples.median().item(), "nearest_new": of_new.median().item()}
-    print_table([["class", "samples", "named so"], *(
-        [names[k], str(int((wanted == k).sum())), f"{(named[wanted == k] == k).float().mean():.1%}"]
-        for k in sorted(set(wanted.tolist())))])
-    print(f"The classifier names {right:.1%} of {len(new)} new shapes, and {numbers['correct']:.1%} of "
-          f"{len(samples)} samples as what was asked for\nCopies of {args.train_images} training images or of their "
-          f"mirror images: {numbers['copies']:.1%}; median distance to the nearest: samples {numbers['nearest']:.3f}, "
-          f"new shapes {numbers['nearest_new']:.3f}")
-    out = args.out or Path(args.samples).parent / "classes.png"
-    gap = torch.full_like(samples[0], 255)
-    rows = [[*new[new_labels == k][:4], gap, *samples[wanted == k][:8]] for k in sorted(set(wanted.tolist()))]
-    train.save_grid(out, [[image / 127.5 - 1 for image in row] for row in rows])
-    print(f"New shapes and samples: {out}")
-    return numbers
-
-
-def shapes(resolution, seed, positions):
-    """Built-in shapes, (N, 3, R, R) uint8, and their classes, (N,)."""
-    images, labels = zip(*map(train.Shapes(resolution, seed).__getitem__, positions))
-    return torch.stack(images), torch.tensor(labels)
-
-
-@torch.enable_grad()
-def train_classifier(known, new, enough=0.99, steps=5000):
-    """A network that names shapes, and its share of right answers on `new`; both are (images, classes)."""
-    torch.manual_seed(0)
-    layers, width = [], 3
-    for channels in (32, 64, 128, 128):
-        layers += [nn.Conv2d(width, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()]
-        width = channels
-    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, len(train.SHAPES)))
-    network.to(known[0].device)
-    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for step in range(steps):
-        rows = torch.randint(len(known[0]), (64,))
-        # A shape that is turned, mirrored or in other colours keeps its name.
-        x = known[0][rows].rot90(step % 4, (2, 3))[:, torch.randperm(3)]
-        loss = F.cross_entropy(network(x.flip(-1) if step % 8 < 4 else x), known[1][rows].to(x.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            right = (network.eval()(new[0]).argmax(dim=1).cpu() == new[1]).float().mean().item()
-            if right >= enough:
-                return network, right
-            network.train()
-    raise train.UsageError(f"the classifier names only {right:.1%} of new shapes: their --resolution is too low")
-
-
-def results(args):
-    """What repeated runs say of the paper's claims: a table of differences in PSNR and SSIM, and a plot of the former.
-
-    Reads a CSV with one line a run. Its columns: row and baseline, the names of what is compared; seed; kodak_psnrs and
-    builtin_psnrs, one PSNR an image, the `psnrs` that recon writes with --json; kodak_ssim, the mean; paper, the
-    paper's difference in dB, or "better" or "worse" where it gives FID alone. A second.
-    """
-    columns = {"kodak": "kodak_psnrs", "builtin": "builtin_psnrs", "ssim": "kodak_ssim"}
-    needed = {"row", "baseline", "paper", *columns.values()}
-    with open(args.csv, newline="") as file:
-        runs = list(csv.DictReader(file))
-    seeds = Counter(run.get("row") for run in runs)
-    if (not runs or needed - runs[0].keys() or max(seeds.values()) < 2
-            or not any(run["baseline"] in seeds for run in runs)):
-        raise train.UsageError(f"{args.csv} is no table of runs to compare: it needs the columns "
-                               f"{', '.join(sorted(needed))}, a row with its baseline, and one with two seeds")
-    of = lambda row, key: np.array([  # noqa: E731  (seeds, images); of SSIM (seeds, 1), the mean over images
-        [float(v) for v in run[columns[key]].split()] for run in runs if run["row"] == row])
-    compared = {run["row"]: run for run in runs if run["baseline"] in seeds}
-    table, numbers = [["row", "against", "seeds", "Kodak", "built-in", "Kodak's SSIM", "paper", ""]], {}
-    # What a seed changes in a run's mean: the median of the rows' variances, or a row's own where that is larger. Two
-    # or three seeds alone would often agree by chance.
-    own = lambda row, key: of(row, key).mean(axis=1).var(ddof=1) if seeds[row] > 1 else 0.0  # noqa: E731
-    spread = {key: np.median([own(row, key) for row in seeds if seeds[row] > 1]) for key in columns}
-    for row, run in compared.items():
-        try:
-            paper = run["paper"] if run["paper"] in BY_FID else float(run["paper"])
-        except ValueError:
-            raise train.UsageError(f"{args.csv}: the paper's difference for {row} must be a number of dB, better or "
-                                   f"worse, and is {run['paper']!r}") from None
-        numbers[row] = {"baseline": run["baseline"], "seeds": seeds[row], "paper": paper}
-        for key, variance in spread.items():
-            paired = of(row, key).mean(axis=0) - of(run["baseline"], key).mean(axis=0)  # (images,)
-            of_seeds = [max(variance, own(name, key)) / seeds[name] for name in (row, run["baseline"])]
-            of_images = paired.var(ddof=1) / len(paired) if len(paired) > 1 else 0.0
-            numbers[row][key] = [paired.mean(), (sum(of_seeds) + of_images) ** 0.5]
-        word = numbers[row]["verdict"] = verdict(*numbers[row]["kodak"], BY_FID.get(paper, paper))
-        shown = [("{:+.3f} ± {:.3f}" if key == "ssim" else "{:+.2f} ± {:.2f}").format(*numbers[row][key])
-                 for key in columns]
-        shown.append(paper if paper in BY_FID else f"{paper:+.2f}")
-        table.append([row, run["baseline"], str(seeds[row]), *shown, word])
-    seed_std = {key: variance**0.5 for key, variance in spread.items()}
-    print("Differences in PSNR in dB and in SSIM, with their standard errors over seeds and, for PSNR, images. A run's "
-          "mean varies with its seed by {kodak:.2f} dB on Kodak, {builtin:.2f} dB on built-in images and {ssim:.3f} in "
-          "SSIM (std).".format(**seed_std))
-    print_table(table)
-    out = args.out or Path(args.csv).with_suffix(".png")
-    plot_differences(out, {
-        row: {"Kodak": v["kodak"], "built-in images": v["builtin"]}
-        | ({} if v["paper"] in BY_FID else {"the paper": [v["paper"], 0]}) for row, v in numbers.items()},
-        "difference in PSNR, dB (bars: two standard errors)")
-    print(f"Plot: {out}")
-    return {"rows": numbers, "seed_std": seed_std}
-
-
-BY_FID = {"better": 1, "worse": -1}
-
-
-def verdict(difference, error, paper):
-    """One word for a difference: that of noise if it is less than two standard errors, else by its sign."""
-    if abs(difference) < 2 * error:
-        return "within noise"
-    return "agrees" if difference * paper > 0 else "disagrees"
-
-
-def plot_differences(path, rows, x_title):
-    """Write a PNG of rows of dots with bars around 0: {row: {label: (value, standard error)}}."""
-    font, left, width, step = ImageFont.load_default(16), 150, 620, 14
-    labels = list(dict.fromkeys(label for row in rows.values() for label in row))
-    reach = 1.1 * max(abs(value) + 2 * error for row in rows.values() for value, error in row.values())
-    bottom = 20 + sum(step * len(row) + 12 for row in rows.values())
-    canvas = Image.new("RGB", (left + width + 20, bottom + 60 + 24 * len(labels)), "white")
-    draw = ImageDraw.Draw(canvas)
-    across = lambda value: left + width / 2 * (1 + value / reach)  # noqa: E731
-    apart = next((size for size in (0.1, 0.2, 0.5, 1, 2, 5) if reach < 5 * size), 10)
-    for tick in range(-int(reach / apart), int(reach / apart) + 1):
-        x = across(tick * apart)
-        draw.line([(x, 10), (x, bottom)], "#dddddd" if tick else "black", 2)
-        draw.text((x, bottom + 14), f"{tick * apart:+.2g}" if tick else "0", "black", font, anchor="mm")
-    draw.text((left + width / 2, bottom + 38), x_title, "black", font, anchor="mm")
-    y = 30
-    for name, row in rows.items():
-        draw.text((left - 12, y + step * (len(row) - 1) / 2), name, "black", font, anchor="rm")
-        for label, (value, error) in row.items():
-            colour = train.COLOURS[labels.index(label)]
-            draw.line([(across(value - 2 * error), y), (across(value + 2 * error), y)], colour, 3)
-            draw.ellipse([across(value) - 5, y - 5, across(value) + 5, y + 5], colour)
-            y += step
-        y += 12
-    for i, label in enumerate(labels):
-        draw.ellipse([left - 5, bottom + 60 + 24 * i - 5, left + 5, bottom + 60 + 24 * i + 5], train.COLOURS[i])
-        draw.text((left + 15, bottom + 60 + 24 * i), label, "black", font, anchor="lm")
-    canvas.save(path)
 
 
 # --- 6  Images and weights ----------------------------------------------------------------------------
@@ -864,8 +682,10 @@ def exact_machine(device, precision="fp32"):
 
 
 def picture(args, vae, name):
-    """The file of a command's picture: --out, or `name` beside the checkpoint; here for the one that is shipped."""
-    return Path(args.out or (name if vae == str(train.TRAINED) else Path(vae).with_name(name)))
+    """The file of a command's picture: --out, or `name` beside the checkpoint, or for the shipped one in runs."""
+    path = Path(args.out or (Path("runs") if vae == str(train.TRAINED) else Path(vae).parent) / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def data_name(args):
@@ -943,7 +763,7 @@ def load_statistics(path, label):
             held = str(file["inception"]) if "inception" in file else "published weights"  # pytorch-fid has no others
     except Exception as error:
         raise train.UsageError(f"{path} cannot be read as saved statistics, an .npz with `mu` and `sigma` ({error})")
-    if covariance.shape != (2048, 2048) or held != label:
+    if mean.shape != (2048,) or covariance.shape != (2048, 2048) or held != label:
         raise train.UsageError(f"{path} holds {mean.size} features of {held}, and this run has 2048 of {label}: "
                                "they cannot be compared")
     return argparse.Namespace(n=n, mean=mean, covariance=covariance)
@@ -972,7 +792,7 @@ png_file = train.checked(output_file, lambda text: text.endswith(".png"), "a nam
 def build_parser():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
-    for run in (recon, fid_command, scale, mmd, classes, results, cost, latents, features):
+    for run in (recon, fid_command, scale, mmd, cost, latents, features):
         name, about = run.__name__.removesuffix("_command"), run.__doc__.split("\n")[0]
         parsers[name] = commands.add_parser(name, help=about, description=run.__doc__)
         parsers[name].set_defaults(run=run)
@@ -994,8 +814,8 @@ def build_parser():
         "R x R pixels, a multiple of 8 (default: the resolution of training; of mmd and cost: 256)")
     add("recon scale mmd", "--data", metavar="DIR", help="folder of images, searched recursively (default: built-in "
         "images)")
-    add("recon fid scale mmd classes", "--limit", **count, help="only the first N images (default: all, or 64 built-in "
-        "ones)")
+    add("recon fid scale mmd", "--limit", **count, help="only the first N images (default: all, of mmd 4096; or 64 "
+        "built-in ones)")
     add("recon scale mmd", "--batch-size", **count, help="images at a time (default: 64, fewer above 256x256 "
         "pixels; on a CPU as many as make 256x256 pixels)")
     add("recon fid scale", "--resize", choices=["bicubic", "bilinear"], default="bicubic", help="bicubic with "
@@ -1005,8 +825,8 @@ def build_parser():
     add("recon scale", "--no-fid", **switch, help="leave rFID out (default: measure it)")
     add("recon fid scale", "--inception", metavar="FILE", help="Inception weights, or the word random: random "
         f"features, for trying things out (default: {INCEPTION_FILE} in torch's hub cache, else downloaded)")
-    add("recon scale latents features classes results", "--out", metavar="FILE.png", type=png_file, help="the picture "
-        "(default: beside checkpoint or samples, named after command and data)")
+    add("recon scale latents features", "--out", metavar="FILE.png", type=png_file, help="the picture (default: beside "
+        "the checkpoint, named after command and data)")
     add(" ".join(parsers), "--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add(" ".join(parsers), "--json", **file, help="write the numbers to FILE too (default: no)")
 
@@ -1023,16 +843,7 @@ def build_parser():
     add("mmd", "--bandwidths", metavar="SIGMA", type=train.positive, nargs="+", default=[25, 50, 100, 250, 500],
         help="of the kernels (default: 25 50 100 250 500)")
     add("mmd", "--repeats", **count, default=10, help="at least 2 (default: 10)")
-    add("mmd", "--seed", metavar="S", type=train.natural, default=0, help="of all random choices (default: 0)")
-    add("mmd", "--unscaled", **switch, help="latents as encoded (default: times scaling_factor)")
-    add("classes", "samples", metavar="DIR", help="folder of samples, DIR/images of `sample_ldm.py sample`")
-    add("classes", "--class", dest="wanted", choices=list(train.SHAPES), help="what all of them were to show (default: "
-        "the classes in turn)")
-    add("classes", "--resolution", **side, default=64, help="of the samples (default: 64)")
-    add("classes", "--seed", metavar="S", type=train.seed, default=0, help="that of the training run (default: 0)")
-    add("classes", "--train-images", **count, default=2048, help="images it saw (default: 2048)")
-    add("results", "csv", metavar="CSV", nargs="?", default=str(train.TRAINED.with_name("results.csv")),
-        help="the runs (default: those of this repository)")
+    add("mmd", "--seed", metavar="S", type=train.seed, default=0, help="of all random choices (default: 0)")
     add("cost", "--batch-size", **count, help="images at a time (default: 32 on a GPU, else 2)")
     add("cost", "--precision", choices=["fp32", "bf16"], default="fp32", help="number format (default: fp32)")
     add("cost", "--compile", **switch, help="torch.compile each encoder, minutes (default: no)")

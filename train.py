@@ -289,7 +289,7 @@ def checked(kind, fits, words):
 filename = checked(str, bool, "the name of a file or folder")  # no unset variable of a shell
 positive_int = checked(int, lambda v: 0 < v < 2**31, "a whole number above 0")
 natural = checked(int, lambda v: 0 <= v < 2**31, "a whole number, 0 or above")
-multiple_of_8 = checked(int, lambda v: 0 < v < 2**16 and v % 8 == 0, "a multiple of 8")
+multiple_of_8 = checked(int, lambda v: 0 < v <= 4096 and v % 8 == 0, "a multiple of 8, at most 4096")
 seed = checked(int, lambda v: 0 <= v < 2**32 - 1, f"a whole number from 0 to {2**32 - 2}")
 positive = checked(float, lambda v: 0 < v < math.inf, "a number above 0")
 non_negative = checked(float, lambda v: 0 <= v < math.inf, "a number, 0 or above")
