@@ -369,7 +369,7 @@ def measure(vae, images, args, machine, metrics, inception):
 
 
 def measure_all(args, paths, resolutions):
-    """What recon and scale share: a printed table; returns its rows as dicts, its titles, and the last pairs."""
+    """What recon and scale share: a printed table; returns its rows as dicts, and the last pairs."""
     machine = exact_machine(args.device)
     vaes = [load_vae(path, args, machine) for path in paths]
     resolutions = resolutions or [vaes[0][1]]  # that of training
@@ -385,7 +385,7 @@ def measure_all(args, paths, resolutions):
                  *([r["vae"], str(r["resolution"]), *(f"{r[key]:.4g}" for key in titles)] for r in records)])
     if inception:
         warn_about_fid(numbers["n"])
-    return records, titles, pairs
+    return records, pairs
 
 
 def recon(args):
@@ -395,7 +395,7 @@ def recon(args):
     Inception, unless left out. With the quick start's model an image of 256x256 takes 0.2 s, LPIPS adds 0.5 s
     (vgg; alex 0.1 s), rFID 0.1 s.
     """
-    [numbers], _, pairs = measure_all(args, [args.vae], args.resolution and [args.resolution])
+    [numbers], pairs = measure_all(args, [args.vae], args.resolution and [args.resolution])
     out = picture(args, args.vae, f"recon-{data_name(args)}-{numbers['resolution']}.png")
     # The difference is shown around grey, twice as strong as it is.
     tiles = [[x, y, 2 * (y.clamp(-1, 1) - x)] for x, y in pairs]
@@ -445,17 +445,11 @@ def fid_command(args):
 def scale(args):
     """The metrics of recon at several resolutions, for one or several checkpoints (Figs. 5 and 8).
 
-    Writes a plot. Images smaller than a resolution are enlarged to it: use photographs of 512
+    Images smaller than a resolution are enlarged to it: use photographs of 512
     pixels or more. Needs what recon needs. With the quick start's model the five resolutions of an image take
     1.2 s without LPIPS and rFID.
     """
-    records, titles, _ = measure_all(args, args.vae, args.resolutions)
-    out = picture(args, args.vae[0], f"scale-{data_name(args)}.png")
-    panels = {title + (", dB" if key == "psnr" else ""): {
-        path: [(r["resolution"], r[key]) for r in records if r["vae"] == path] for path in args.vae}
-        for key, title in titles.items()}
-    train.plot(out, panels, "resolution", even=True)
-    print(f"Plot: {out}")
+    records, _ = measure_all(args, args.vae, args.resolutions)
     return {"results": records}
 
 
@@ -825,7 +819,7 @@ def build_parser():
     add("recon scale", "--no-fid", **switch, help="leave rFID out (default: measure it)")
     add("recon fid scale", "--inception", metavar="FILE", help="Inception weights, or the word random: random "
         f"features, for trying things out (default: {INCEPTION_FILE} in torch's hub cache, else downloaded)")
-    add("recon scale latents features", "--out", metavar="FILE.png", type=png_file, help="the picture (default: beside "
+    add("recon latents features", "--out", metavar="FILE.png", type=png_file, help="the picture (default: beside "
         "the checkpoint, named after command and data)")
     add(" ".join(parsers), "--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add(" ".join(parsers), "--json", **file, help="write the numbers to FILE too (default: no)")

@@ -471,6 +471,8 @@ class DiagonalGaussianDistribution:
             # On the generator's device, so that a CPU generator gives the same latents everywhere.
             device = self.mean.device if generator is None else generator.device
             noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        if noise.shape != self.mean.shape:
+            raise ValueError(f"the noise has shape {tuple(noise.shape)}, the latent {tuple(self.mean.shape)}")
         return (self.mean + self.std * noise.to(self.mean)).to(self.dtype)
 
     def mode(self):
@@ -946,6 +948,8 @@ def load_checkpoint(path, format=CHECKPOINT_FORMAT):
     try:
         content = read_tensors(path)
         if content.get("format") == format:
+            if not all(isinstance(content.get(key, {}), dict) for key in ("config", "args", "training", "vae")):
+                raise ValueError("what describes its model is no dict")
             return content
         if format == CHECKPOINT_FORMAT and "format" not in content:
             return released_sd_vae(content)
@@ -1031,7 +1035,7 @@ def load_weights(build, weights):
         with torch.device("meta"):  # allocates nothing, whatever size the file describes
             module = build()
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.layout == torch.strided}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint describes no model of this program ({one_line(error)})") from None
     for name in [*expected, *found]:

@@ -6,7 +6,7 @@
     python sample_ldm.py train --resume --out runs/my-ldm                  resume a run, bit-exactly on a CPU
     torchrun --nproc_per_node=2 sample_ldm.py train ...                    train or sample on several GPUs
 
-Training writes into --out checkpoint.pt, log.csv, curves.png and samples-STEP.png. The checkpoint
+Training writes into --out checkpoint.pt, log.csv and samples-STEP.png. The checkpoint
 holds the autoencoder too, so sampling needs that one file. From top to bottom:
 
     1  Diffusion     App. C, EDM     preconditioning, Denoiser, diffusion_loss
@@ -328,7 +328,7 @@ def _zero(conv):
 class DiffusionTask:
     """The denoiser in the latent space of a frozen autoencoder, and one update of it: what `train.fit` runs."""
 
-    shown = ["loss", "encode_share"]
+    shown = ["loss"]
 
     def __init__(self, args, machine, denoiser, vae, held_out, classes=()):
         self.args, self.machine, self.held_out, self.skipped = args, machine, held_out, 0
@@ -347,7 +347,6 @@ class DiffusionTask:
         args, machine = self.args, self.machine
         items, label = batch
         lr = train.learning_rate(step, args)
-        started = machine.now() if log else None
 
         # Encoding on the fly is what a light encoder buys: every epoch sees other crops.
         if args.cache_latents:
@@ -355,7 +354,6 @@ class DiffusionTask:
         else:
             with machine.autocast():
                 mean, std = encode(self.vae, machine.images(items))
-        encoded = machine.now() if log else None
 
         x = mean + std * machine.randn(mean.shape)
         label = self.drop(label.to(machine.device, non_blocking=True)) if self.classes else None
@@ -366,10 +364,7 @@ class DiffusionTask:
         [finite] = train.update([self.optimizer], [grad_norm], lr)
         if finite:
             self.ema.update(self.denoiser)
-        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-        if log:
-            values["encode_share"] = (encoded - started) / (machine.now() - started)
-        return values, finite
+        return {"loss": loss, "grad_norm": grad_norm, "lr": lr}, finite
 
     def drop(self, label):
         """Labels, a share of which (--class-dropout) becomes the label for none, for classifier-free guidance."""
@@ -424,6 +419,9 @@ def prepare(args, machine, checkpoint):
         denoiser, vae = build(checkpoint, ema=False)
     else:
         vae = LiteVAE.from_checkpoint(checkpoint)
+        if not 0 < vae.config.scaling_factor < math.inf:
+            raise CheckpointError(f"{args.vae} has the scaling factor {vae.config.scaling_factor}, with which diffusion "
+                                  "cannot be trained")
         denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
     task = DiffusionTask(args, machine, denoiser, vae, held_out, classes)
     if args.cache_latents:
@@ -529,16 +527,20 @@ def save_ldm(path, denoiser, ema, vae, classes, resolution, **extra):
 def load_ldm(path):
     """The dict that save_ldm wrote. FileNotFoundError or CheckpointError, in one sentence."""
     checkpoint = load_checkpoint(path, LDM_FORMAT)
-    missing = {"config", "model", "ema", "vae", "resolution", "classes"} - checkpoint.keys()
+    kinds = {"config": dict, "model": dict, "ema": dict, "vae": dict, "resolution": int, "classes": list}
+    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     if missing:
-        raise CheckpointError(f"{path} holds no {' and no '.join(sorted(missing))}: it is no diffusion checkpoint")
+        raise CheckpointError(f"{path} holds no {' and no '.join(missing)}: it is no diffusion checkpoint")
     return checkpoint
 
 
 def build(checkpoint, ema=True):
     """The Denoiser, with EMA weights or without, and the autoencoder of a checkpoint. CheckpointError."""
     denoiser = load_weights(lambda: Denoiser(UNet(**checkpoint["config"])), checkpoint["ema" if ema else "model"])
-    return denoiser, LiteVAE.from_checkpoint(checkpoint["vae"])
+    vae = LiteVAE.from_checkpoint(checkpoint["vae"])
+    if vae.config.latent_dim != denoiser.net.config.latent_dim:
+        raise CheckpointError("the denoiser and the autoencoder of the checkpoint do not belong together")
+    return denoiser, vae
 
 
 # --- 7  Sampling images -------------------------------------------------------------------------------

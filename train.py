@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 train.py --data DIR             one run on two processes or GPUs
 
 A run writes into --out:  checkpoint.pt  (weights, EMA weights, optimisers, step),  log.csv  (every logged
-value),  curves.png  and  reconstructions-STEP.png  (held-out images beside their reconstructions).
+value)  and  reconstructions-STEP.png  (held-out images beside their reconstructions).
 
 From top to bottom, each function below the one that calls it:
 
@@ -20,7 +20,7 @@ From top to bottom, each function below the one that calls it:
     The method ends here. Below are its parts, and what every training script needs:
     5  What options choose     config_of, build_discriminator, AblationTask
     6  Images                  open_images, find_images, ImageFolder, DeadLeaves, Shapes, load_image
-    7  PSNR, grids and plots   psnr, save_grid, plot
+    7  PSNR and grids          psnr, save_grid
     8  The machine             batches, Machine: device, precision, processes
     9  Around the loop         EMA, signals, log, run_script
    10  Built-in images         dead_leaves, shape
@@ -44,7 +44,7 @@ import scipy.ndimage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -65,10 +65,11 @@ COMMON = dict(
     disc_start=None, disc_warmup=None,
     **{f"weight_{name}": weight for name, weight in LOSS_WEIGHTS.items()})
 
-# What `python train.py` runs: tuned for the PSNR that a few minutes on two CPU cores can reach. Many steps
-# on small batches of small crops, and a learning rate that decays to 0. Predicting wavelets removes the decoder's
-# costliest stage; a low wavelet weight favours L1. An SMC decoder does not normalise its input, and at this learning
-# rate latents can diverge: a longer warm-up and 100 times LDM's KL weight prevent it.
+# What `python train.py` runs: tuned for the PSNR that a few minutes on two CPU cores can reach. Many steps on small
+# batches of small crops, and a learning rate that decays to 0. Predicting wavelets removes the decoder's costliest
+# stage. The squared error teaches colours early (see mse_loss), and a low wavelet weight leaves it and L1 the lead. An
+# SMC decoder does not normalise its input, and at this learning rate latents can diverge: a longer warm-up and 100
+# times LDM's KL weight prevent it.
 QUICK_START = dict(
     COMMON,
     size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True,
@@ -386,8 +387,6 @@ def fit(task, dataset, start):
             if main and logged:
                 bar.set_postfix_str(", ".join(f"{name} {values[name]:.4g}" for name in task.shown))
                 log.write(done, values)
-            if main and (due or stopped):
-                log.plot()
     except Exception:  # a killed loader, a folder that is gone, no memory left: nothing good is lost
         if main and good and done > start:
             task.save(done)
@@ -783,7 +782,7 @@ def as_tensor(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-# --- 7  PSNR, grids and plots -------------------------------------------------------------------------
+# --- 7  PSNR and grids --------------------------------------------------------------------------------
 
 
 def to_pixels(x):
@@ -808,44 +807,6 @@ def save_grid(path, rows, gap=2):
         lines.append(torch.cat([F.pad(tile, (0, gap, 0, gap), value=1.0) for tile in tiles], dim=2))
     grid = torch.cat(lines, dim=1)[:, :-gap, :-gap]
     Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
-
-
-COLOURS = ["#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#7a4fa3", "#555555"]
-
-
-def plot(path, panels, x_title, even=False):
-    """Write a PNG of line plots: {title: {label: [(x, y), ...]}}; with `even` all x are spaced evenly."""
-    font, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    width, height, left, top, bottom = 420, 340, 80, 50, 50
-    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines if label))
-    colours = dict(zip(labels or [""], COLOURS * (1 + len(labels))))
-    canvas = Image.new("RGB", (max(2, len(panels)) * width, height + 10 + 30 * len(labels)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for panel, (title, lines) in enumerate(panels.items()):
-        xs = sorted({x for points in lines.values() for x, _ in points})
-        ys = [y for points in lines.values() for _, y in points]
-        margin = 0.08 * (max(ys) - min(ys)) or abs(max(ys)) * 0.1 or 1.0
-        low, high = min(ys) - margin, max(ys) + margin
-        x0, x1, y0, y1 = width * panel + left, width * (panel + 1) - 20, height - bottom, top
-        across = lambda x: x0 + (x1 - x0) * ((xs.index(x) + 0.5) / len(xs) if even else x / xs[-1])  # noqa: E731
-        up = lambda y: y0 + (y1 - y0) * (y - low) / (high - low)  # noqa: E731
-        draw.text(((x0 + x1) / 2, top / 2), title, "black", font, anchor="mm")
-        for tick in np.linspace(low + margin, high - margin, 4):
-            draw.line([(x0, up(tick)), (x1, up(tick))], "#dddddd")
-            draw.text((x0 - 8, up(tick)), f"{tick:.3g}", "black", small, anchor="rm")
-        for x in xs if even else [xs[-1] * i // 4 for i in range(1, 5)]:
-            draw.text((across(x), y0 + 16), str(x), "black", small, anchor="mm")
-        draw.text(((x0 + x1) / 2, y0 + 38), x_title, "black", small, anchor="mm")
-        draw.line([(x0, y1), (x0, y0), (x1, y0)], "black", 2)
-        for label, points in lines.items():
-            draw.line([(across(x), up(y)) for x, y in points], colours[label], 3)
-            for x, y in points if len(points) <= 20 else []:
-                draw.ellipse([across(x) - 5, up(y) - 5, across(x) + 5, up(y) + 5], colours[label])
-    for i, label in enumerate(labels):
-        y = height + 30 * i + 20
-        draw.line([(left, y), (left + 40, y)], colours[label], 4)
-        draw.text((left + 50, y), label, "black", small, anchor="lm")
-    canvas.save(path)
 
 
 # --- 8  The machine -----------------------------------------------------------------------------------
@@ -943,11 +904,6 @@ class Machine:
         """Return once every process has come here."""
         self.any(False)
 
-    def now(self):
-        """Seconds on a clock, once the device has done all it was given."""
-        getattr(torch, self.device.type).synchronize()
-        return time.perf_counter()
-
 
 # --- 9  Around the loop -------------------------------------------------------------------------------
 
@@ -1028,7 +984,7 @@ def progress_bar(total, start=0, **how):
 
 
 class Log:
-    """log.csv, a row for each logged step; curves.png, its main columns over the steps. Makes the folder --out."""
+    """log.csv, a row for each logged step. Makes the folder --out."""
 
     def __init__(self, args, start):
         self.path, self.rows = Path(args.out, "log.csv"), []
@@ -1055,15 +1011,6 @@ class Log:
             writer.writerow(columns)
             writer.writerows([f"{row[name]:.7g}" if name in row else "" for name in columns] for row in self.rows)
         os.replace(partial, self.path)
-
-    def plot(self):
-        panels = {}
-        for name in ("loss", "grad_ratio", "psnr", "val_loss"):
-            points = [(int(row["step"]), row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]
-            if points:
-                panels[name] = {"": points}
-        if panels:
-            plot(self.path.with_name("curves.png"), panels, "step")
 
 
 def run_script(name, work):
