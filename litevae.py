@@ -1035,7 +1035,8 @@ def load_weights(build, weights):
         with torch.device("meta"):  # allocates nothing, whatever size the file describes
             module = build()
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.layout == torch.strided}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()
+                 if tensor.layout == torch.strided and not tensor.is_meta}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint describes no model of this program ({one_line(error)})") from None
     for name in [*expected, *found]:
