@@ -1,7 +1,7 @@
 """Train a small latent diffusion model on LiteVAE's latents, and sample from it (Sec. 5, Tables 7 and 13, App. C).
 
     python sample_ldm.py train                                             built-in shapes, minutes on a CPU
-    python sample_ldm.py sample --class star --guidance 2                  a grid and 64 PNG files
+    python sample_ldm.py sample --class star                               a grid and 64 PNG files
     python sample_ldm.py train --vae CKPT --data DIR --out runs/my-ldm     your images, on one GPU
     python sample_ldm.py train --resume --out runs/my-ldm                  resume a run, bit-exactly on a CPU
     torchrun --nproc_per_node=2 sample_ldm.py train ...                    train or sample on several GPUs
@@ -386,8 +386,7 @@ class DiffusionTask:
                 loss = diffusion_loss(self.ema.model, x, sigma.to(x), eps.to(x), label)
             losses.append(len(x) * loss)
         label = class_labels(range(16), self.classes, None, self.machine)
-        images = draw(self.ema.model, self.vae, self.machine, ImageNoise(0, range(16)), side, side, label=label,
-                      guidance=GUIDANCE)
+        images = draw(self.ema.model, self.vae, self.machine, ImageNoise(0, range(16)), side, side, label)
         train.save_grid(Path(args.out, f"samples-{step:06}.png"), [images[:8], images[8:]])
         return {"val_loss": (sum(losses) / count).item()}
 
@@ -420,8 +419,8 @@ def prepare(args, machine, checkpoint):
     else:
         vae = LiteVAE.from_checkpoint(checkpoint)
         if not 0 < vae.config.scaling_factor < math.inf:
-            raise CheckpointError(f"{args.vae} has the scaling factor {vae.config.scaling_factor}, with which diffusion "
-                                  "cannot be trained")
+            raise CheckpointError(f"{args.vae} has a scaling factor of {vae.config.scaling_factor}: diffusion cannot be "
+                                  "trained with it")
         denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
     task = DiffusionTask(args, machine, denoiser, vae, held_out, classes)
     if args.cache_latents:
@@ -545,7 +544,8 @@ def build(checkpoint, ema=True):
 
 # --- 7  Sampling images -------------------------------------------------------------------------------
 
-GUIDANCE = 1.5  # Unspecified: the paper has no classes. LDM's value for ImageNet
+# Unspecified. Of 256 samples of the quick start, 98 % show the class that was asked for; 94 % without new noise.
+STEPS, GUIDANCE, CHURN = 36, 2.0, 20.0
 
 
 def sample(args):
@@ -575,8 +575,8 @@ def sample(args):
         for first in range(0, len(mine), batch_size):
             numbers = mine[first:first + batch_size]
             label = class_labels(numbers, classes, args.classes, machine)
-            images = draw(denoiser, vae, machine, ImageNoise(args.seed, numbers), height // 8, width // 8, args.steps,
-                          label, args.guidance, args.churn)
+            images = draw(denoiser, vae, machine, ImageNoise(args.seed, numbers), height // 8, width // 8, label,
+                          args.steps, args.guidance, args.churn)
             if not images.isfinite().all():
                 raise train.UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
             for number, image in zip(numbers, images):
@@ -593,7 +593,7 @@ def sample(args):
 
 
 @torch.no_grad()
-def draw(denoiser, vae, machine, noise, h, w, steps=18, label=None, guidance=1.0, churn=0.0):
+def draw(denoiser, vae, machine, noise, h, w, label=None, steps=STEPS, guidance=GUIDANCE, churn=CHURN):
     """Images, (B, 3, 8h, 8w), about [-1, 1], on the CPU, from an ImageNoise."""
     shape = (denoiser.net.config.latent_dim, h, w)
     randn = lambda: noise(shape).to(machine.device)  # noqa: E731
@@ -674,16 +674,16 @@ def build_parser():
     add = commands.add_parser("sample", help=about, description=about).add_argument
     add("--ldm", metavar="CKPT", default="runs/ldm/checkpoint.pt", help="checkpoint (default: runs/ldm/checkpoint.pt)")
     add("-n", type=train.positive_int, default=64, help="number of images (default: 64)")
-    add("--steps", type=train.positive_int, default=18, help="noise levels of the sampler (default: 18)")
+    add("--steps", type=train.positive_int, default=STEPS, help=f"noise levels of the sampler (default: {STEPS})")
     add("--seed", type=train.seed, default=0, help="image i depends on the seed and on i alone (default: 0)")
     add("--batch-size", type=train.positive_int, help="images at a time (default: 64, on a CPU 8)")
     add("--size", type=size, metavar="S|HxW", help="pixels, multiples of 8, such as 64x96 (default: that of training)")
     add("--out", metavar="DIR", type=Path, help="folder for the images (default: samples, beside the checkpoint)")
     add("--class", dest="classes", metavar="NAME", nargs="+", help="classes to sample, in turn (default: all)")
     add("--guidance", type=train.number, default=GUIDANCE, help="strength of classifier-free guidance, of models with "
-        f"classes; 1 is without (default: {GUIDANCE})")
-    add("--churn", type=train.non_negative, default=0.0, help="S_churn of EDM's stochastic sampler, Algorithm 2, "
-        "for example 40; 0 is Heun's method, Algorithm 1 (default: 0)")
+        f"classes; 1 is without (default: {GUIDANCE:g})")
+    add("--churn", type=train.non_negative, default=CHURN, help="S_churn of EDM's stochastic sampler, Algorithm 2; "
+        f"0 is Heun's method, Algorithm 1 (default: {CHURN:g})")
     add("--raw-weights", action="store_true", help="sample with the raw weights instead of the EMA weights")
     add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
