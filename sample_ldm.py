@@ -418,9 +418,9 @@ def prepare(args, machine, checkpoint):
         denoiser, vae = build(checkpoint, ema=False)
     else:
         vae = LiteVAE.from_checkpoint(checkpoint)
-        if not 0 < vae.config.scaling_factor < math.inf:
-            raise CheckpointError(f"{args.vae} has a scaling factor of {vae.config.scaling_factor}: diffusion cannot be "
-                                  "trained with it")
+        factor = vae.config.scaling_factor
+        if not 0 < factor < math.inf:
+            raise CheckpointError(f"{args.vae} has a scaling factor of {factor}: diffusion cannot train with it")
         denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
     task = DiffusionTask(args, machine, denoiser, vae, held_out, classes)
     if args.cache_latents:
