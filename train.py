@@ -68,14 +68,14 @@ COMMON = dict(
 # What `python train.py` runs: tuned for the PSNR that a few minutes on two CPU cores can reach. Many steps on small
 # batches of small crops, and a learning rate that decays to 0. Predicting wavelets removes the decoder's costliest
 # stage. The squared error teaches colours early (see mse_loss), and a low wavelet weight leaves it and L1 the lead. An
-# SMC decoder does not normalise its input, and at this learning rate latents can diverge: a longer warm-up and 100
+# SMC decoder does not normalise its input, and at this learning rate latents can diverge: a longer warm-up and 300
 # times LDM's KL weight prevent it.
 QUICK_START = dict(
     COMMON,
     size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True,
     resolution=48, batch_size=4, steps=1490,
-    lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, ema=0.99,
-    perceptual="none", weight_mse=10.0, weight_wavelet=0.1, weight_gaussian=0.0, weight_kl=1e-4,
+    lr=3e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, ema=0.99,
+    perceptual="none", weight_mse=10.0, weight_wavelet=0.1, weight_gaussian=0.0, weight_kl=3e-4,
     discriminator="none", save_every=745, log_every=20)
 
 # What `--data` runs. Paper: App. F for model, batch, steps, optimiser; Sec. 4.3 for the losses.
