@@ -805,7 +805,7 @@ def autoencoder_loss(output, image, weights=LOSS_WEIGHTS, perceptual=None, fake_
     """
     terms = {"l1": l1_loss(output.sample, image)}
     # A term of weight 0 is not computed.
-    if weights["mse"]:
+    if weights.get("mse"):  # the one term that is not of the paper
         terms["mse"] = mse_loss(output.sample, image)
     if perceptual is not None and weights["perceptual"]:
         terms["perceptual"] = perceptual(output.sample, image).mean()
