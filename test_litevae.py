@@ -262,23 +262,20 @@ def finished_run(tmp_path_factory):
 def wrong_files(tmp_path_factory, vae_file, ldm_file):
     """Files and folders that the commands above cannot use."""
     tmp, write = tmp_path_factory.mktemp("wrong"), litevae.write_checkpoint
-    for name, n in (("empty", 0), ("one", 1), ("two", 2), ("broken", 0), ("broken_and_one", 1), ("run", 0)):
+    for name, n in (("empty", 0), ("one", 1), ("two", 2), ("broken", 0)):
         (tmp / name).mkdir()
         for i in range(n):
             Image.new("RGB", (20 + i, 30), (i, 9, 9)).save(tmp / name / f"{i}.png")
-    for name in ("broken/x.jpg", "broken_and_one/x.jpg", "text.pt"):
+    for name in ("broken/x.jpg", "text.pt"):
         (tmp / name).write_text("nothing of the kind")
     np.savez(tmp / "small.npz", mu=np.zeros(5), sigma=np.eye(5))
     ldm, vae = torch.load(ldm_file), load_checkpoint(vae_file)
     write(tmp / "bare.pt", {"format": "litevae-2"})
     save_checkpoint(tmp / "vit.pt", small_variant(aggregator="vit", resolution=16), args={"resolution": 16})
     write(tmp / "unsized.pt", {k: v for k, v in ldm.items() if k != "resolution"})
-    write(tmp / "other.pt", {**ldm, "config": {**ldm["config"], "channels": 64}})
     write(tmp / "ema.pt", {**ldm, "ema": {}})
     write(tmp / "plain.pt", {**ldm, "classes": []})
     write(tmp / "othervae.pt", {**vae, "config": {**vae["config"], "latent_dim": 7}})
-    args = {"noise_mean": 0.0, "command": "train"}
-    write(tmp / "run" / "checkpoint.pt", {**ldm, "training": {}, "step": 3, "args": args})
     return tmp
 
 
@@ -1101,135 +1098,71 @@ def test_stylegan_discriminator_equals_its_layers_written_out():
 # --- train.py: images ---------------------------------------------------------------------------------
 
 
-def test_built_in_images_depend_on_seed_and_position_alone():
-    a, b = train.DeadLeaves(32, seed=3), train.DeadLeaves(32, seed=3)
-    image, label = a[5]
-    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label == 0
-    b[0], b[1]
-    assert torch.equal(image, b[5][0])
-    assert not torch.equal(image, a[6][0]) and not torch.equal(image, train.DeadLeaves(32, seed=4)[5][0])
+@pytest.mark.parametrize("built_in, label, row", [
+    (train.DeadLeaves, 0, [[24, 122, 255, 110, 106, 78], [5, 60, 170, 85, 50, 0], [0, 24, 133, 93, 73, 0]]),
+    (train.Shapes, 3, [[144, 186, 199, 201, 199, 160], [112, 187, 211, 213, 206, 124], [92, 175, 201, 204, 194, 102]])])
+def test_built_in_images_are_those_the_shipped_model_learned(built_in, label, row):
+    images = built_in(32, seed=3)
+    images[0]
+
+    image, found = images[6]
+
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and found == label
+    assert (image[:, 16, ::6].int() - torch.tensor(row)).abs().max() <= 1  # red, green, blue along a row
 
 
-def test_built_in_images_have_the_statistics_of_photographs():
-    x = torch.stack([train.DeadLeaves(64, seed=0)[i][0] for i in range(150)]).double().numpy() / 255  # (N, 3, H, W)
-    luminance = x.mean(axis=1)
-    spectrum = (np.abs(np.fft.fft2(luminance - luminance.mean(axis=(1, 2), keepdims=True))) ** 2).mean(axis=0)
-    f = np.hypot(*np.meshgrid(np.fft.fftfreq(64), np.fft.fftfreq(64)))
-    band = (f > 0.03) & (f < 0.35)
-    slope = np.polyfit(np.log(f[band]), np.log(spectrum[band]), 1)[0]
-    assert -3.2 < slope < -1.6  # power 1/f^2 (Field 1987)
-    pixels = x.transpose(1, 0, 2, 3).reshape(3, -1)
-    values, vectors = np.linalg.eigh(np.cov(pixels))
-    assert values[2] > 0.75 * values.sum()  # one colour axis dominates,
-    assert np.abs(vectors[:, 2] - vectors[:, 2].mean()).max() < 0.2  # and it is grey
-    assert 0.3 < pixels.mean() < 0.6 and 0.15 < luminance.std() < 0.35
-    detail = HaarTransform().dwt(torch.from_numpy(luminance)[:, None])[:, 1:].flatten().numpy()
-    assert ((detail / detail.std()) ** 4).mean() > 6  # sparse: a Gaussian's kurtosis is 3
+def test_shapes_have_the_area_and_the_centre_of_their_names():
+    axis, areas = (np.arange(800) + 0.5) / 400 - 1, {}
 
+    for name, shape in train.SHAPES.items():
+        inside = shape(axis, axis[:, None])  # x, y
+        areas[name] = 4 * inside.mean(), (inside * axis).sum() / inside.sum(), (inside.T * axis).sum() / inside.sum()
 
-@pytest.mark.parametrize("name, area, turns", [
-    ("disc", 0.8 * math.pi, None), ("ring", 0.55 * math.pi, None), ("square", 4 * 0.72**2, 4),
-    ("triangle", 0.75 * 3**0.5, 3), ("star", 5 * 0.42 * math.sin(math.pi / 5), 5),
-    ("cross", 4 * 0.28 * (2 * 0.9 - 0.28), 4), ("moon", None, 1), ("heart", None, 1)])
-def test_shapes_have_the_area_and_the_symmetry_of_their_names(name, area, turns):
-    axis = (np.arange(800) + 0.5) / 400 - 1
-    y, x = np.meshgrid(axis, axis, indexing="ij")
-    inside = train.SHAPES[name](x, y)
-    rim = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
-    assert not rim.any() or name == "star"  # within the radius
-    assert area is None or inside.mean() * 4 == pytest.approx(area, rel=0.01)
-    c, s = math.cos(2 * math.pi / (turns or 7)), math.sin(2 * math.pi / (turns or 7))
-    turned = train.SHAPES[name](c * x + s * y, c * y - s * x)
-    assert (turned != inside).mean() < 0.005
-    assert turns != 1 or (train.SHAPES[name](-x, -y) != inside).mean() > 0.1
-
-
-def test_built_in_shapes_are_one_object_on_a_calm_ground_and_antialiased():
-    shapes, found = train.Shapes(32, 3), []
-    for i in range(40):
-        image, label = shapes[i]
-        again, same_label = train.Shapes(32, 3)[i]
-        assert torch.equal(image, again) and label == same_label
-        found.append(label)
-        x = image.double().permute(1, 2, 0).reshape(-1, 3) / 255
-        border = torch.cat([image[:, 0], image[:, :, 0]], 1).double().T / 255
-        distance = (x - border.median(0).values).norm(dim=1)
-        assert 0.02 < (distance > 0.4).double().mean() < 0.7  # the object
-        steps = (image[:, 1:].double() - image[:, :-1].double()).norm(dim=0).flatten() / 255
-        assert (steps < 0.03).double().mean() > 0.7  # calm, but for its border
-        assert (steps > 0.03).sum() > 1.15 * (steps > 0.25).sum()  # which is soft
-    assert len(set(found)) == len(train.SHAPES) == 8 and not torch.equal(shapes[0][0], train.Shapes(32, 4)[0][0])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_folder_finds_all_images_and_survives_broken_ones(workers, folder, capfd):
-    files = train.find_images(folder)
-    assert len(files) == 8 and not any(f.endswith(".txt") for f in files)
-    stream = train.batches(train.ImageFolder(files, 32, seed=0), 8, 0, train.Machine("cpu"), workers)
-    images, _ = next(stream)
-    assert images.shape == (8, 3, 32, 32) and images.dtype == torch.uint8
-    [next(stream) for _ in range(2)]
-    del stream  # ends its workers
-    named = [Path(line.split(" (")[0]).name for line in capfd.readouterr().out.splitlines()]
-    assert set(named) == {"broken.jpg", "empty.png"}
-
-
-def test_folder_positions_repeat_and_epochs_shuffle(folder):
-    files = readable(folder)
-    a, b = train.ImageFolder(files, 16, seed=1), train.ImageFolder(files, 16, seed=1)
-    assert torch.equal(a[20][0], b[20][0]) and torch.equal(a[3][0], b[3][0])
-    plain = train.ImageFolder(files, 16, augment=False, labels=list(range(len(files))))
-    for i, file in enumerate(files):
-        assert torch.equal(plain[i][0], load_square(file, 16)) and plain[i][1] == i
-    n, data = len(files), train.ImageFolder(files, 16, seed=1, labels=list(range(len(files))))
-    orders = [[data[epoch * n + i][1] for i in range(n)] for epoch in range(3)]
-    assert all(sorted(order) == list(range(n)) for order in orders) and len(set(map(tuple, orders))) > 1
+    assert np.array([*areas.values()]) == pytest.approx(np.array([
+        (0.8 * math.pi, 0, 0), (0.55 * math.pi, 0, 0), (4 * 0.72**2, 0, 0), (0.75 * 3**0.5, 0, 0),
+        (5 * 0.42 * math.sin(math.pi / 5), 0, 0), (4 * 0.28 * (2 * 0.9 - 0.28), 0, 0), (1.4525, -0.3555, 0),
+        (2.1419, 0, -0.1758)]), rel=2e-3, abs=1e-4)
 
 
 def readable(folder):
     return [f for f in train.find_images(folder) if Path(f).name not in ("broken.jpg", "empty.png")]
 
 
-def save_and_load(tmp_path, image, name="x.png", resolution=16, **how):
+def test_epochs_are_shuffled_and_the_next_replaces_a_broken_file(folder, capsys):
+    files = train.find_images(folder)
+    plain = train.ImageFolder(files, 16, augment=False, labels=list(range(8)))
+
+    images, labels = zip(*[plain[i] for i in range(8)])
+    named = re.findall(r"cannot be read: \S*/(\S+) \(\w+", capsys.readouterr().out)
+    shuffled = train.ImageFolder(files, 16, seed=3, labels=list(range(8)))
+    epochs = [shuffled[i][1] for i in range(16)]
+
+    assert [Path(f).name for f in files if f not in readable(folder)] == named == ["broken.jpg", "empty.png"]
+    assert labels == (0, 2, 2, 3, 4, 5, 7, 7)
+    assert all(torch.equal(image, load_square(files[label], 16)) for image, label in zip(images, labels))
+    assert epochs == [labels[i] for n in (0, 1) for i in np.random.default_rng((3, n)).permutation(8)]
+
+
+def save_and_load(tmp_path, image, name="x.png", **how):
     image.save(tmp_path / name, **how)
-    return train.load_image(tmp_path / name, resolution)
+    return train.load_image(tmp_path / name, 16)
 
 
 def test_every_kind_of_image_comes_out_as_upright_rgb(tmp_path):
-    red = Image.new("RGB", (16, 16), (255, 0, 0))
-    for image, colour in [(red, [255, 0, 0]), (red.quantize(4), [255, 0, 0]),
-                          (Image.new("L", (16, 16), 77), [77, 77, 77]),
-                          (Image.new("RGBA", (16, 16), (9, 9, 9, 0)), [255, 255, 255]),  # on white
-                          (Image.new("RGBA", (16, 16), (40, 50, 60, 255)), [40, 50, 60]),
-                          (Image.new("LA", (16, 16), (30, 255)), [30, 30, 30])]:
-        assert (save_and_load(tmp_path, image) == colour).all(), image.mode
-    sixteen = Image.fromarray(np.full((16, 16), 250 * 257, dtype=np.uint16))
-    assert (save_and_load(tmp_path, sixteen) == 250).all()
-    assert np.abs(save_and_load(tmp_path, red.convert("CMYK"), "x.tif").astype(int) - [255, 0, 0]).max() <= 2
-    upright, exif = Image.new("RGB", (16, 16), "blue"), Image.Exif()
+    red, upright, exif = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue"), Image.Exif()
     upright.paste("red", (0, 0, 16, 4))  # red on top
     exif[0x0112] = 6  # stored turned: viewers rotate it by 90 degrees clockwise
-    turned = upright.transpose(Image.Transpose.ROTATE_90)
-    pixels = save_and_load(tmp_path, turned, "x.jpg", exif=exif, quality=100)
+
+    for image, colour in [(red.quantize(4), (255, 0, 0)), (Image.new("L", (16, 16), 77), (77, 77, 77)),
+                          (Image.new("RGBA", (16, 16), (9, 9, 9, 0)), (255, 255, 255)),  # on white
+                          (Image.new("LA", (16, 16), (30, 255)), (30, 30, 30)),
+                          (Image.fromarray(np.full((16, 16), 250 * 257, dtype=np.uint16)), (250, 250, 250))]:
+        assert (save_and_load(tmp_path, image) == colour).all(), image.mode
+    assert np.abs(save_and_load(tmp_path, red.convert("CMYK"), "x.tif").astype(int) - (255, 0, 0)).max() <= 2
+    pixels = save_and_load(tmp_path, upright.transpose(Image.Transpose.ROTATE_90), "x.jpg", exif=exif, quality=100)
     assert pixels[1, 8, 0] > 200 > 50 > pixels[12, 8, 0]
-
-
-def test_large_jpegs_decode_in_draft_mode_to_nearly_the_same_pixels(tmp_path, monkeypatch):
-    noise = np.random.default_rng(1).integers(0, 256, (20, 26, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((1040, 800), Image.Resampling.BICUBIC).save(tmp_path / "x.jpg", quality=95)
-    drafted = train.load_image(tmp_path / "x.jpg", 64).astype(float)
-    monkeypatch.setattr(JpegImageFile, "draft", lambda self, mode, size: None)
-    plain = train.load_image(tmp_path / "x.jpg", 64).astype(float)
-    assert 0 < np.abs(drafted - plain).mean() < 2.5  # not the same: the mode was used
-
-
-def test_crops_keep_the_aspect_and_small_images_are_enlarged(tmp_path):
-    wide = Image.new("RGB", (64, 16), "white")
-    wide.paste("black", (24, 0, 40, 16))  # the centre square
-    assert (save_and_load(tmp_path, wide, resolution=32)[:, 2:-2] < 30).all()
-    rng = np.random.default_rng(0)
-    crops = [train.load_image(tmp_path / "x.png", 32, rng) for _ in range(20)]
-    assert all(c.shape == (32, 32, 3) for c in crops) and len({c.tobytes() for c in crops}) > 3
+    with pytest.raises(OSError, match="32 times"):
+        save_and_load(tmp_path, Image.new("L", (1, 33)))
 
 
 @pytest.mark.parametrize("width, height", [(240, 160), (160, 240)])
@@ -1237,128 +1170,100 @@ def test_augmentation_of_an_image_of_coordinates(width, height, tmp_path):
     """Red grows along x, green along y: each crop tells where it was taken, how large it was, and if it was flipped."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8)).save(tmp_path / "x.png")
+    data, short = train.ImageFolder([str(tmp_path / "x.png")], 32, seed=1), min(width, height)
 
     def where(pixels):
-        """Left and right edge, upper and lower edge in the image's pixels, of a 32x32 crop."""
+        """Middle and width, middle and height of a 32x32 crop in the image's pixels."""
         red, green = pixels[0].float().mean(0), pixels[1].float().mean(1)  # (32,) each
         return [value.item() for line in (red, green) for value in (line[4:28].mean(), 32 * (line[27] - line[4]) / 23)]
-    data = train.ImageFolder([str(tmp_path / "x.png")], 32, seed=1)
-    found = np.array([where(data[i][0]) for i in range(200)])
-    cx, w, cy, h = found.T
+
+    cx, w, cy, h = np.array([where(data[i][0]) for i in range(200)]).T
+    centre_square = where(load_square(tmp_path / "x.png", 32))
+
     assert 60 < (w < 0).sum() < 140 and (h > 0).all()  # half of them flipped, none upside down
     assert np.abs(np.abs(w) / h - 1).max() < 0.06  # aspect
-    short = min(width, height)
-    assert h.min() > 0.78 * short and h.max() < 1.03 * short and h.min() < 0.83 * short and h.max() > 0.97 * short
+    assert 0.78 * short < h.min() < 0.83 * short and 0.97 * short < h.max() < 1.03 * short
     for centre, side, extent in ((cx, np.abs(w), width), (cy, h, height)):
         left, room = centre - side / 2, extent - side
         assert (left > -2.5).all() and (left < room + 2.5).all()
         some = room > 0.1 * short  # where there is room it is used, from one end to the other
         share = left[some] / room[some]
         assert len(share) > 30 and share.min() < 0.15 and share.max() > 0.85 and 0.35 < share.mean() < 0.65
-    assert len({tuple(row) for row in found.round(3)}) > 150  # each position has its own
-    # Held-out images: the centre square, the right way round.
-    args = argparse.Namespace(data=str(tmp_path), val=str(tmp_path), resolution=32, seed=0)
-    _, [(image, _)] = train.open_images(args, train.DeadLeaves)
-    assert where(image)[::2] == pytest.approx([(width - 1) / 2, (height - 1) / 2], abs=1)
-    assert where(image)[1::2] == pytest.approx([short, short], rel=0.04)
+    assert centre_square[::2] == pytest.approx([(width - 1) / 2, (height - 1) / 2], abs=1)
+    assert centre_square[1::2] == pytest.approx([short, short], rel=0.04)
 
 
-def test_held_out_built_in_images_are_those_that_no_seed_trains_on():
-    args = argparse.Namespace(data=None, val=None, resolution=16, seed=5)
-    dataset, held_out = train.open_images(args, train.DeadLeaves)
-    assert torch.allclose(torch.stack([image for image, _ in held_out]) / 127.5 - 1, held_out_images())
-    assert torch.equal(dataset[3][0], train.DeadLeaves(16, 5)[3][0])
-    with pytest.raises(train.UsageError):
-        train.parse_args(["--seed", str(2**32 - 1), "--out", "/none"])
+def opened(**options):
+    """What open_images makes of --data and --val: the images to train on, and those held out."""
+    options = {"val": None, "resolution": 8, "seed": 5, **options}
+    return train.open_images(argparse.Namespace(**options), train.DeadLeaves)
 
 
-def test_held_out_images_are_spread_over_a_sorted_folder_and_at_most_so_many(tmp_path, monkeypatch):
+def test_held_out_images_are_spread_and_not_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "HELD_OUT", 6)
-    for number, name in enumerate("abc"):
+    for folder, name in enumerate("abc"):
         (tmp_path / name).mkdir()
         for i in range(50):
-            Image.new("RGB", (8, 8), (number, i, 9)).save(tmp_path / name / f"{i:02}.png")
-    args = argparse.Namespace(data=str(tmp_path), val=None, resolution=8, seed=0)
-    colours = lambda items: [tuple(image[:2, 0, 0].tolist()) for image, _ in items]  # noqa: E731
-    dataset, held_out = train.open_images(args, train.DeadLeaves)
-    assert [number for number, _ in colours(held_out)] == [0, 0, 1, 1, 2, 2]
-    assert len(dataset.files) == 144 and not set(colours(held_out)) & set(colours(dataset[i] for i in range(144)))
-    args.val = str(tmp_path)
-    dataset, held_out = train.open_images(args, train.DeadLeaves)
-    assert len(held_out) == 6 and len(dataset) == 150 and {number for number, _ in colours(held_out)} == {0, 1, 2}
+            Image.new("RGB", (8, 8), (folder, i, 9)).save(tmp_path / name / f"{i:02}.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)  # a folder is entered once
     (tmp_path / "link").symlink_to(tmp_path / "b")
-    args.val = str(tmp_path / "link")  # inside --data: no image of it is trained on
-    dataset, held_out = train.open_images(args, train.DeadLeaves)
-    assert {number for number, _ in colours(held_out)} == {1} and len(dataset) == 100
-    assert {number for number, _ in colours(dataset[i] for i in range(100))} == {0, 2}
+    colours = lambda items: [tuple(image[:2, 0, 0].tolist()) for image, _ in items]  # noqa: E731
+
+    dataset, held_out = opened(data=tmp_path)
+    _, chosen = opened(data=tmp_path, val=tmp_path)
+    others, inside = opened(data=tmp_path, val=tmp_path / "link")
+    whole, few = opened(data=tmp_path / "b")
+    every, _ = opened(data=tmp_path / "link", val=tmp_path / "b")
+
+    assert colours(held_out) == colours(chosen) == [(0, 0), (0, 25), (1, 0), (1, 25), (2, 0), (2, 25)]
+    assert len(dataset) == 144 and not set(colours(held_out)) & set(colours(dataset[i] for i in range(144)))
+    assert {folder for folder, _ in colours(inside)} == {1}
+    assert sorted(colours(others[i] for i in range(100))) == [(folder, i) for folder in (0, 2) for i in range(50)]
+    assert colours(few) == [(1, 0), (1, 16), (1, 33)] and len(whole) == 47  # 1 in 20
+    assert len(every) == 50  # where none would be left, all are trained on
 
 
-def test_a_folder_is_entered_once(tmp_path):
-    (tmp_path / "a").mkdir()
-    for name in ("a/x.png", "y.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
-    assert [os.path.relpath(file, tmp_path) for file in train.find_images(tmp_path)] == ["a/x.png", "y.png"]
-
-
-def test_what_cannot_be_read_is_named_and_a_single_image_is_trained_on_too(tmp_path, capsys):
-    for name in ("many/1.png", "many/2.png", "one/1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (16, 16), (20, 0, 0)).save(tmp_path / name)
-    (tmp_path / "many" / "0.png").write_text("no image")
-    options = [*TINY[train], "--perceptual", "none", "--discriminator", "none", "--steps", 1]
-    for data in ("many", "one"):
-        assert run(train, *options, "--data", tmp_path / data, "--out", tmp_path / f"run-{data}") == 0
-    out = capsys.readouterr().out
-    assert re.search(r"skipped, cannot be read: .*0\.png .*cannot identify", out) and "1.png" not in out
-    assert out.count(", 1 held out") == 2
-
-
-# --- train.py: PSNR, image grids, and around the loop -------------------------------------------------
+# --- train.py: PSNR, plots, and around the loop -------------------------------------------------------
 
 
 def test_psnr_equals_scikit_image_and_clamps():
     x, y = image_batch(2, 3, 16, 16), image_batch(2, 3, 16, 16) * 1.3
+
     for a, b, ours in zip(x, y, train.psnr(y, x)):
         a, b = (a.numpy() + 1) / 2, np.clip((b.numpy() + 1) / 2, 0, 1)
         theirs = skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1)
         assert ours.item() == pytest.approx(theirs, rel=1e-5)
 
 
-def test_grid_holds_the_images_it_was_given(tmp_path):
-    def grid(*rows):
-        train.save_grid(tmp_path / "g.png", rows, gap=2)
-        return np.asarray(Image.open(tmp_path / "g.png"))
-    black, grey, white = [torch.full((3, 128, 160), value) for value in (-1.0, 0.2, 2.0)]
-    pixels = grid([black, grey], [white])
-    assert pixels.shape == (2 * 130 - 2, 2 * 162 - 2, 3)
-    assert (pixels[:128, :160] == 0).all() and (pixels[:128, 162:] == 153).all() and (pixels[130:] == 255).all()
-    small = image_batch(3, 8, 8)
-    pixels = grid([small])
-    assert pixels.shape == (128, 128, 3)  # enlarged, no pixel blended
-    assert np.abs(pixels[::16, ::16] / 127.5 - 1 - small.permute(1, 2, 0).numpy()).max() < 0.005
+@pytest.mark.parametrize("even, columns", [(False, [160, 240, 400]), (True, [133, 240, 346])])
+def test_plots_show_their_points_where_they_belong(even, columns, tmp_path):
+    points = [(1, 20.0), (2, 30.0), (4, 25.0)]
+
+    train.plot(tmp_path / "p.png", {"one": {"a": points}, "two": {"b": points}}, "step", even)
+
+    pixels = np.asarray(Image.open(tmp_path / "p.png"))
+    for x, y in zip(columns, [273, 67, 170]):
+        assert [tuple(pixels[y, x + 420 * panel]) for panel in (0, 1)] == [(0x0B, 0x5F, 0xA5), (0xD1, 0x49, 0x5B)]
 
 
-def test_ema_follows_its_recurrence():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    ema, expected = train.EMA(model, decay=0.3), 0.0
-    for n, value in enumerate([1.0, -2.0, 5.0, 0.5]):
-        nn.init.constant_(model.weight, value)
-        ema.update(model)
-        decay = min(0.3, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * value
-        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6)
+def test_a_log_goes_on_behind_its_checkpoint_and_knows_the_speed(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 5.0, 10.0, 11.0, 12.0])
+    monkeypatch.setattr(train, "time", mock.Mock(monotonic=lambda: next(clock)))
+    args = argparse.Namespace(out=tmp_path, batch_size=6)
 
+    log = train.Log(args, 0)
+    log.write(4, {"loss": 1.0})
+    log.write(6, {"loss": 2.0, "psnr": 20.0})
+    first = rows(tmp_path)
+    train.Log(args, 4).write(5, {"loss": 3.0})  # from a checkpoint of step 4
+    second = rows(tmp_path)
 
-def test_learning_rate_by_hand():
-    rate = lambda step, **how: train.learning_rate(step, argparse.Namespace(**how))  # noqa: E731
-    how = dict(lr=2.0, lr_warmup=10, steps=100, lr_decay=0.4)
-    expected = {0: 0.2, 4: 1.0, 9: 2.0, 60: 2.0, 61: 1.95, 80: 1.0, 99: 0.05}
-    assert {step: rate(step, **how) for step in expected} == pytest.approx(expected)
-    constant = dict(lr=1e-4, lr_warmup=0, steps=100, lr_decay=0.0)
-    assert rate(0, **constant) == rate(99, **constant) == 1e-4
+    assert first == [{"step": "4", "loss": "1", "images_per_second": "12", "psnr": ""},
+                     {"step": "6", "loss": "2", "images_per_second": "4", "psnr": "20"}]
+    assert [(row["step"], row["images_per_second"]) for row in second] == [("4", "12"), ("5", "6")]
+    (tmp_path / "log.csv").write_text("my notes\nare precious\n")
+    with pytest.raises(train.UsageError, match="is no log of this run"):
+        train.Log(args, 4)
 
 
 def test_bf16_is_automatic_on_cpus_built_for_it(monkeypatch):
@@ -1380,8 +1285,9 @@ def test_processes_share_batches_and_noise_of_one_stream():
 
     whole = train.batches(range(100), 4, 3, machine(0, 1), workers=0)
     halves = [train.batches(range(100), 4, 3, machine(rank, 2), workers=0) for rank in (0, 1)]
-    for _ in range(3):
-        assert torch.equal(next(whole), torch.cat([next(h) for h in halves]))
+
+    for start in (12, 16, 20):
+        assert torch.cat([next(half) for half in halves]).tolist() == next(whole).tolist() == [*range(start, start + 4)]
     with pytest.raises(train.UsageError, match="make it a multiple"):
         train.batches(range(100), 3, 0, machine(0, 2), workers=0)
     assert torch.equal(noise(0, 1), torch.cat([noise(0, 2), noise(1, 2)]))
@@ -1390,30 +1296,27 @@ def test_processes_share_batches_and_noise_of_one_stream():
 # --- train.py: whole runs -----------------------------------------------------------------------------
 
 RESUMED = {
-    "quick start": (train, []), "discriminator": (train, GAN),
-    "folder and workers": (train, [*GAN, "--size", "S", "--perceptual", "none", "--workers", 2, "--data", "{images}",
-                                   "--val", "{images}"]),
-    "diffusion": (sample_ldm, []), "cached latents": (sample_ldm, ["--cache-latents"]),
-    "diffusion, workers": (sample_ldm, ["--data", "{classes}", "--workers", 2]),
-    "diffusion, classes": (sample_ldm, ["--data", "{classes}", "--class-cond", "--cache-latents"])}
+    "discriminator": (train, GAN),
+    "folder and workers": (train, [*GAN, "--size", "S", "--perceptual", "none", "--workers", 2, "--data", "{images}"]),
+    "ablations": (train, ["--extractor", "nafnet", "--shared-extractor", "--aggregator", "vit", "--discriminator",
+                          "stylegan", *DISC, "--adaptive-weight", "--weight-ldl", 1, "--batch-size", 4]),
+    "diffusion": (sample_ldm, ["--data", "{classes}", "--workers", 2]),
+    "classes": (sample_ldm, ["--data", "{classes}", "--class-cond", "--cache-latents"])}
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_resume_equals_an_uninterrupted_run_to_the_bit(case, tmp_path, folder, class_folder, tiny_ldm, request):
-    request.addfinalizer(lambda: torch.set_num_threads(1))
-    torch.set_num_threads(2)  # as users run it
+def test_resume_equals_an_uninterrupted_run_to_the_bit(case, tmp_path, folder, class_folder, tiny_ldm, narrow):
     script, options = RESUMED[case]
-    options = [str(o).format(images=folder, classes=class_folder) for o in options] + ["--save-every", 4]
-    a, whole = trained(tmp_path / "a", *options, "--steps", 7, script=script)
-    trained(tmp_path / "b", *options, "--steps", 5, script=script)
-    # Diffusion has the autoencoder in its checkpoint: where it came from no longer matters.
+    options = [str(o).format(images=folder, classes=class_folder) for o in options] + ["--log-every", 3]
+
+    a, whole = trained(tmp_path / "a", *options, "--save-every", 4, "--steps", 7, script=script)
+    trained(tmp_path / "b", *options, "--save-every", 4, "--steps", 5, script=script)
     b, both = resumed(tmp_path / "b", "--steps", 7, script=script)
-    assert same(whole, both)
-    assert [r["step"] for r in a] == [r["step"] for r in b] == [str(i) for i in range(1, 8)]
-    assert [r["loss"] for r in a] == [r["loss"] for r in b]
+
     held_out = "psnr" if script is train else "val_loss"
-    assert a[-1][held_out] == b[-1][held_out] != ""
-    assert all(0 <= float(r.get("encode_share", 0)) < 1 for r in a)
+    assert same(whole, both)
+    assert [[int(r["step"]) for r in log] for log in (a, b)] == [[1, 3, 4, 6, 7], [1, 3, 4, 5, 6, 7]]
+    assert a[-1]["loss"] == b[-1]["loss"] and a[-1][held_out] == b[-1][held_out] != ""
 
 
 def before_step(patch, script, number, act):
@@ -1428,36 +1331,33 @@ def before_step(patch, script, number, act):
     patch.setattr(task, "step", changed)
 
 
-@pytest.mark.parametrize("script, number", [(train, signal.SIGINT), (train, signal.SIGTERM),
+@pytest.mark.parametrize("script, number", [(train, signal.SIGINT), (train, signal.SIGHUP),
                                             (sample_ldm, signal.SIGTERM)])
 def test_a_stop_signal_saves_first(script, number, tmp_path, monkeypatch, tiny_ldm):
+    signal.signal(number, signal.SIG_DFL)  # nohup may have changed it
+    _, whole = trained(tmp_path / "b", "--steps", 6, script=script)
+
     with monkeypatch.context() as patch:
         before_step(patch, script, 3, lambda: os.kill(os.getpid(), number))
         assert run(script, *TINY[script], "--steps", 6, "--out", tmp_path / "a") == 128 + number
     checkpoint = checkpoint_of(tmp_path / "a")
+
     assert checkpoint["step"] == 4 and checkpoint.get("vae", checkpoint)["config"]["scaling_factor"] != 1  # is measured
-    _, interrupted = resumed(tmp_path / "a", script=script)
-    assert same(interrupted, trained(tmp_path / "b", "--steps", 6, script=script)[1])
+    assert signal.getsignal(number) == signal.SIG_DFL  # a second one would have ended the process
+    assert same(resumed(tmp_path / "a", script=script)[1], whole)
 
 
-def test_a_signal_in_the_last_step_or_a_second_one_while_a_stopped_run_is_measured_loses_nothing(
-        tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        before_step(patch, train, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run(train, *TINY[train], "--steps", 3, "--out", tmp_path / "a") == 0
-        patch.setattr(train.AutoencoderTask, "report", mock.Mock(side_effect=ZeroDivisionError))
-        with pytest.raises(ZeroDivisionError):
-            run(train, *TINY[train], "--steps", 5, "--out", tmp_path / "b")
-    assert "stopped" not in capsys.readouterr().out
-    assert checkpoint_of(tmp_path / "a")["step"] == checkpoint_of(tmp_path / "b")["step"] == 3
+def test_whatever_ends_a_run_its_last_step_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.AutoencoderTask, "report", mock.Mock(side_effect=SystemExit))  # as a second signal does
 
+    before_step(monkeypatch, train, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(train, *TINY[train], "--steps", 5, "--out", tmp_path / "a")
+    before_step(monkeypatch, train, 2, mock.Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        run(train, *TINY[train], "--steps", 5, "--out", tmp_path / "b")
 
-def test_a_crash_between_checkpoints_leaves_no_row_twice(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        before_step(patch, train, 7, mock.Mock(side_effect=ZeroDivisionError))
-        trained(tmp_path / "a", "--steps", 10, "--save-every", 5)
-    assert [r["step"] for r in rows(tmp_path / "a")] == [str(i) for i in range(1, 8)]
-    assert [r["step"] for r in resumed(tmp_path / "a")[0]] == [str(i) for i in range(1, 11)]
+    assert [checkpoint_of(tmp_path / out)["step"] for out in "ab"] == [3, 2]
 
 
 def poison(monkeypatch, bad):
@@ -1467,30 +1367,43 @@ def poison(monkeypatch, bad):
                         lambda self, batch: images(self, batch) * (math.nan if next(numbers) in bad else 1.0))
 
 
-@pytest.mark.parametrize("case", ["quick start", "discriminator", "diffusion"])
-def test_a_step_that_is_not_finite_is_skipped_counted_and_kept_out_of_the_ema(case, tmp_path, monkeypatch, tiny_ldm):
-    script, options = RESUMED[case]
+@pytest.mark.parametrize("script, options", [(train, GAN), (sample_ldm, [])])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(script, options, tmp_path, monkeypatch, tiny_ldm):
     poison(monkeypatch, {2, 4})
+
     log, checkpoint = trained(tmp_path / "a", *options, "--steps", 6, script=script)
+    longer, _ = resumed(tmp_path / "a", "--steps", 7, script=script)
+
+    assert [r["skipped"] for r in log] == ["0", "0", "1", "1", "2", "2"] and longer[-1]["skipped"] == "2"
     assert checkpoint["training"]["skipped"] == 2 and checkpoint["training"]["ema_updates"] == 4
     assert all(v.isfinite().all() for k in ("model", "ema") for v in checkpoint[k].values())
-    assert [r["skipped"] for r in log] == ["0", "0", "1", "1", "2", "2"]
 
 
-def test_many_steps_that_are_not_finite_stop_the_run_and_keep_the_good_checkpoint(tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, set(range(7, 1000)))  # after three steps and a report
+@pytest.mark.parametrize("bad, report, end", [
+    (range(100), 30.0, "of 3 steps up to step 9 are not finite"),  # in a row
+    ({0, 2, 3, 4}, 30.0, "of 2 steps up to step 10 are not finite"),  # would be saved then
+    ({}, math.nan, "EMA weights of step 10 are not finite")])
+def test_what_is_not_finite_replaces_no_good_checkpoint(bad, report, end, finished_run, tmp_path, monkeypatch, capsys):
+    good, path = checkpoint_of(finished_run), tmp_path / "a" / "checkpoint.pt"  # of six steps
+    for key in ("model", "adv_loss", "adaptive_weight", "weight_ldl", *train.VARIANT):
+        del good["args"][key]  # from before these options existed: it goes on
+    path.parent.mkdir()
+    litevae.write_checkpoint(path, good)
     monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
-    options = [*TINY[train], "--save-every", 3, "--steps", 60]
-    assert run(train, *options, "--out", tmp_path / "a") == 1
-    assert checkpoint_of(tmp_path / "a")["step"] == 3
+    monkeypatch.setattr(train.AutoencoderTask, "report", lambda self, step: {"psnr": report})
+    poison(monkeypatch, bad)
+
+    assert run(train, "--resume", "--save-every", 10, "--steps", 12, "--out", tmp_path / "a") == 1
+
     error = capsys.readouterr().err
-    assert "not finite" in error and "--lr" in error and "--resume" in error and "Traceback" not in error
+    assert end in error and "--lr" in error and "--resume" in error and "Traceback" not in error
+    assert same(checkpoint_of(tmp_path / "a"), good)
 
 
 def prepared(*options):
     """The task that train.py makes of these options, and its first batch."""
-    args, _ = train.parse_args([str(o) for o in (*TINY[train], *options)])
-    task, data, _ = train.prepare(args, train.Machine("cpu", args.precision), None)
+    args, checkpoint = train.parse_args([str(o) for o in (*TINY[train], *options)])
+    task, data, _ = train.prepare(args, train.Machine("cpu", args.precision), checkpoint)
     return task, next(train.batches(data, args.batch_size, 0, task.machine, 0))
 
 
@@ -1528,17 +1441,18 @@ def gap(found, expected, start, names=""):
     return distance(found) / distance(start)
 
 
-def test_a_run_equals_equation_1_written_out(tmp_path):
+def test_a_run_equals_equation_1_written_out(tmp_path, vgg):
     """Six steps of autoencoder and discriminator in which every option has an unusual value."""
-    weights = {"l1": 0.9, "kl": 0.01, "wavelet": 0.3, "gaussian": 0.4, "adv": 0.2}
+    weights = {"l1": 0.9, "mse": 0.5, "kl": 0.01, "perceptual": 0.6, "wavelet": 0.3, "gaussian": 0.4, "adv": 0.2}
     model = {"size": "S", "latent_dim": 5, "decoder_channels": 8, "output_type": "wavelet"}
     log, checkpoint = trained(
         tmp_path / "a", *typed(UNUSUAL | model | {f"weight_{k}": w for k, w in weights.items()}), "--no-use-smc",
-        "--use-1x1-conv", "--discriminator", "unet", "--disc-channels", 8, "--disc-start", 3, "--disc-warmup", 2)
+        "--use-1x1-conv", "--perceptual", "lpips", "--discriminator", "unet", "--disc-channels", 8, "--disc-start", 3,
+        "--disc-warmup", 2)
 
     torch.manual_seed(3)
     vae, d = LiteVAE(**model, use_smc=False, use_1x1_conv=True).train(), UNetDiscriminator(8).train()
-    ema, images = copy.deepcopy(vae), train.DeadLeaves(16, 3)
+    ema, images, lpips_loss = copy.deepcopy(vae), train.DeadLeaves(16, 3), LPIPS()
     start, d_start = copy.deepcopy((vae.state_dict(), d.state_dict()))
     vae_adam, d_adam = [torch.optim.Adam(m.parameters(), betas=(0.3, 0.7)) for m in (vae, d)]
     for step, row in enumerate(log):
@@ -1546,17 +1460,20 @@ def test_a_run_equals_equation_1_written_out(tmp_path):
         torch.manual_seed(3 * 1_000_003 + step)
         q = vae.encode(x).latent_dist
         out = vae.decode(q.mean + q.std * torch.randn(4, 5, 2, 2))
-        terms = {"l1": (out.sample - x).abs().mean(), "gaussian": litevae.gaussian_loss(out.sample, x),
-                 "wavelet": litevae.wavelet_loss(out.wavelet, HaarTransform().dwt(x) / 2), "kl": litevae.kl_loss(q, x)}
-        ramp = 0
+        terms = {"l1": (out.sample - x).abs().mean(), "mse": (out.sample - x).square().mean(),
+                 "perceptual": lpips_loss(out.sample, x).mean(), "gaussian": litevae.gaussian_loss(out.sample, x),
+                 "wavelet": litevae.wavelet_loss(out.wavelet, HaarTransform().dwt(x) / 2)}
+        recon = sum(weights[k] * value for k, value in terms.items())
+        terms["kl"], ramp = litevae.kl_loss(q, x), 0
         if step >= 3:
             ramp = min(1, (step - 2) / 2)
             terms["adv"] = -sum(logits.mean() for logits in d(out.sample))
-        loss = sum(weights[k] * (ramp if k == "adv" else 1) * value for k, value in terms.items())
+        loss = recon + 0.01 * terms["kl"] + 0.2 * ramp * terms.get("adv", 0)
         norm = written_out(loss, vae, vae_adam, step)
         follow(ema, vae, step)
-        expected = {**terms, "loss": loss, "grad_norm": norm, "lr": vae_adam.param_groups[0]["lr"],
-                    "latent_std": q.mean.std(), "posterior_std": q.std.mean(), "latent_max": q.mean.abs().max()}
+        expected = {**terms, "recon": recon, "loss": loss, "grad_norm": norm, "lr": vae_adam.param_groups[0]["lr"],
+                    "latent_std": q.mean.std(), "posterior_std": q.std.mean(), "latent_max": q.mean.abs().max(),
+                    "kl_nats": q.kl().mean()}
         if step >= 1:
             logits = d(torch.cat([x, out.sample.detach()]))
             expected["d_loss"] = sum(F.relu(1 - l[:4]).mean() + F.relu(1 + l[4:]).mean() for l in logits)
@@ -1571,459 +1488,288 @@ def test_a_run_equals_equation_1_written_out(tmp_path):
     assert gap(checkpoint["model"], vae, start) < 1e-3 and gap(checkpoint["ema"], ema, start) < 1e-3
     assert gap(checkpoint["training"]["discriminator"], d, d_start) < 1e-3
 
-    # What the report says of these weights: PSNR of the posterior's mean, and the latents' scale.
-    x = held_out_images()
-    out = ema.eval()(x, sample=False)
+
+def test_a_report_is_of_the_ema_in_the_training_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 6)  # a batch of four and one of two
+    log, _ = trained(tmp_path / "a", "--precision", "bf16", "--batch-size", 4, "--steps", 3)
+
+    vae, x = LiteVAE.from_checkpoint(tmp_path / "a" / "checkpoint.pt"), held_out_images(6)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = vae(x, sample=False)
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "a" / "reconstructions-000003.png"))).permute(2, 0, 1)
+
     assert float(log[-1]["psnr"]) == pytest.approx(train.psnr(out.sample, x).mean().item(), abs=2e-3)
-    assert checkpoint["config"]["scaling_factor"] == pytest.approx(1 / out.latent.std().item(), rel=1e-3)
+    assert vae.config.scaling_factor == pytest.approx(1 / out.latent.std().item(), rel=1e-3)
+    assert picture.shape == (3, 2 * 130 - 2, 8 * 130 - 2) and (picture[:, 130:, 4 * 130 - 2:] == 255).all()
+    for i, image in enumerate(image for pair in zip(x, out.sample) for image in pair):
+        tile = picture[:, i // 8 * 130:, i % 8 * 130:][:, :128:8, :128:8] / 127.5 - 1  # enlarged, no pixel blended
+        assert (tile - image.clamp(-1, 1)).abs().max() < 0.02
 
 
-def test_a_discriminator_step_that_is_not_finite_changes_no_weight_of_it(tmp_path, monkeypatch):
-    loss, calls = train.discriminator_loss, itertools.count()
-    monkeypatch.setattr(train, "discriminator_loss", lambda *how: loss(*how) * (math.nan if next(calls) == 1 else 1))
+def test_each_network_takes_its_finite_steps_alone(tmp_path, monkeypatch):
+    """Step 1 is not finite for the discriminator, step 2 for the autoencoder."""
+    def spoil(module, name, bad):
+        loss, calls = getattr(module, name), itertools.count()
+        monkeypatch.setattr(module, name, lambda *how: loss(*how) * (math.nan if next(calls) == bad else 1))
+
+    spoil(train, "discriminator_loss", 1), spoil(litevae, "l1_loss", 2)
     task, batch = prepared(*GAN, "--disc-start", 0, "--steps", 9, "--out", tmp_path / "a")
-    task.judge(task.vae(task.machine.images(batch[0])).sample)[0].sum().backward()
-    assert all(p.grad is None for p in task.discriminator.parameters())  # judging costs it nothing
-    states = []
-    for step in range(3):
+    networks = (task.vae, task.ema.model, task.discriminator)
+    moved = []
+    for step in range(4):
+        before = copy.deepcopy([list(network.parameters()) for network in networks])
         _, finite = task.step(batch, step, True)
-        states.append([p.detach().clone() for p in task.discriminator.parameters()])
-        assert finite == (step != 1)
-    moved = [any(not torch.equal(a, b) for a, b in zip(*pair)) for pair in zip(states, states[1:])]
-    assert moved == [False, True] and all(p.isfinite().all() for p in states[-1])
+        moved.append((*[not all(map(torch.equal, a, b.parameters())) for a, b in zip(before, networks)], finite))
+
+    assert moved == [(True, True, True, True), (True, True, False, False), (False, False, True, False),
+                     (True, True, True, True)]
 
 
-def test_a_few_dozen_steps_reduce_the_loss(tmp_path):
-    log, _ = trained(tmp_path / "a", "--resolution", 32, "--batch-size", 4, "--lr", 2e-3, "--lr-warmup", 10,
-                     "--lr-decay", 0.5, "--steps", 80)  # seeds 0 to 3: 15.2 to 15.6 dB
-    l1 = [float(r["l1"]) for r in log]
-    assert np.mean(l1[-10:]) < 0.75 * np.mean(l1[:10]) and float(log[-1]["psnr"]) > 14
+def test_a_second_stage_takes_weights_discriminator_and_shape(finished_run, tmp_path):
+    first = checkpoint_of(finished_run)
+    start, disc = ["--steps", 400, "--out", tmp_path / "b", "--init"], ["--discriminator", "unet", "--disc-channels"]
+    save_checkpoint(tmp_path / "v.pt", small_variant(extractor="nafnet", shared_extractor=True))
+
+    second, wider, without = [prepared(*start, finished_run / "checkpoint.pt", *more)[0]
+                              for more in ([*disc, 8], [*disc, 16], [])]
+    args, _ = train.parse_args(["--out", "/none", "--init", str(tmp_path / "v.pt")])
+
+    for weights in (second.vae.state_dict(), second.ema.model.state_dict(), without.vae.state_dict()):
+        assert_same_weights(weights, first["ema"])
+    assert_same_weights(second.discriminator.state_dict(), first["training"]["discriminator"])
+    # Another one has to be trained first: until a quarter of the steps.
+    assert [(task.args.disc_start, task.args.disc_warmup) for task in (second, wider)] == [(0, 0), (100, 10)]
+    assert {"model": "litevae", "extractor": "nafnet", "shared_extractor": True, "latent_dim": 4,
+            "decoder_channels": 8, "output_type": "image"}.items() <= vars(args).items()
+    with pytest.raises(train.UsageError, match="--extractor nafnet, not one with --extractor unet"):
+        train.parse_args(["--out", "/none", "--init", str(tmp_path / "v.pt"), "--extractor", "unet"])
 
 
-def test_a_run_leaves_checkpoint_log_and_picture(finished_run):
-    assert sorted(p.name for p in finished_run.iterdir()) == [
-        "checkpoint.pt", "curves.png", "log.csv", "reconstructions-000003.png", "reconstructions-000006.png"]
-    assert Image.open(finished_run / "reconstructions-000006.png").size == (8 * 130 - 2, 2 * 130 - 2)
-    last = rows(finished_run)[-1]
-    for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "recon", "kl_nats", "latent_std", "latent_max",
-                 "d_loss", "posterior_std", "logits_real", "logits_fake", "adv_weight", "grad_norm",
-                 "images_per_second", "psnr"):
-        assert math.isfinite(float(last[name])), name
-    assert LiteVAE.from_checkpoint(finished_run / "checkpoint.pt").config.scaling_factor != 1.0
-
-
-def test_second_stage_starts_from_a_checkpoint_and_its_shape(finished_run, tmp_path):
-    assert run(train, "--device", "cpu", "--batch-size", 2, "--init", finished_run / "checkpoint.pt", *GAN,
-               "--resolution", 32, "--steps", 5, "--lr", 1e-12, "--out", tmp_path / "b") == 0
-    first, second = checkpoint_of(finished_run), checkpoint_of(tmp_path / "b")
-    assert second["config"]["latent_dim"] == 12 and second["config"]["decoder_channels"] == 8
-    assert second["args"]["decoder_channels"] == 8  # not the recipe's: what a resumed run would be compared with
-    assert_same_weights(second["model"], first["ema"], atol=1e-6)  # all but unmoved by so small a rate
-    name = "to_global.parametrizations.weight.original"
-    before, after = [c["training"]["discriminator"][name] for c in (first, second)]
-    assert torch.allclose(before, after, atol=1e-6)
-
-
-@pytest.mark.parametrize("script, options", [
-    (train, ["--no-use-smc"]), (train, ["--use-1x1-conv", "--output-type", "image"]), (train, ["--precision", "bf16"]),
-    (train, ["--size", "B"]), (sample_ldm, ["--precision", "bf16"]), (sample_ldm, ["--model", "small"])])
-def test_every_option_trains(script, options, tmp_path, tiny_ldm):
-    log, _ = trained(tmp_path / "a", *options, "--steps", 2, script=script)
-    assert len(log) == 2 and all(math.isfinite(float(r["loss"])) for r in log)
-
-
+SCRIPTS = {"train.py": train, "sample_ldm.py": sample_ldm, "eval.py": evaluation}
 REFUSED = [  # a command, and words of its one sentence
-    ("train.py --resolution 20", "--resolution: must be a multiple of 8"),
-    *((f"train.py {options}", f"does nothing with {switch}") for options, switch in {
-        "--weight-adv 1": "--discriminator none", "--disc-start 9": "--discriminator none",
-        "--weight-perceptual 1": "--perceptual none", "--size B --model dwt": "--model dwt",
-        "--shared-extractor --model sd-vae": "--model sd-vae"}.items()),
+    ("train.py --resolution 20", "--resolution: must be a multiple of 8"), ("train.py --stepz 5", "--stepz"),
+    (f"train.py --seed {2**32 - 1}", "--seed: must be a whole number from 0"), ("train.py --steps 0", "above 0"),
+    ("train.py --weight-kl nan", "0 or above"), ("train.py --beta1 1", "below 1"), ("train.py --lr 0", "--lr"),
+    ("train.py --disc-start 9", "does nothing with --discriminator none"),
+    ("train.py --shared-extractor --model sd-vae", "does nothing with --model sd-vae"),
     ("train.py --discriminator unet --disc-start 50 --steps 50", "beyond the last"),
+    ("train.py --discriminator patchgan --disc-start 1 --resolution 16", "at least 24"),
     ("train.py --discriminator stylegan --disc-start 1 --resolution 96", "power of two"),
     ("train.py --discriminator stylegan --disc-start 1 --batch-size 6", "multiple of 4"),
-    ("train.py --model dwt --latent-dim 4", "12 channels, not 4"),
-    (f"train.py --seed {2**32}", "--seed: must be a whole number from 0"),
-    ("train.py --steps 0", "--steps: must be a whole number above 0"),
-    ("train.py --weight-kl nan", "--weight-kl: must be a number, 0 or above"),
-    ("train.py --stepz 5", "--stepz"),
-    ("train.py --device cuda:99", "--device"),
-    ("train.py --data /no/such/folder", "no images"),
-    ("train.py --data {tmp}/two", "vgg16-397923af.pth"),
-    ("train.py --data {tmp}/two", "--perceptual none"),
-    ("train.py --data {tmp}/empty --perceptual none", "no images"),
+    ("train.py --device cuda:99", "--device"), ("train.py --data {tmp}/empty", "no images"),
+    ("train.py --data {tmp}/two", "go without it: --perceptual none"),
     ("train.py --data {tmp}/broken --perceptual none", "can be read"),
-    ("train.py --resume --out {tmp}/none", "no checkpoint at"),
-    ("train.py --init {tmp}/none.pt", "no checkpoint at"),
     ("train.py --init {tmp}/text.pt", "no litevae-2 checkpoint, or it is damaged"),
-    ("train.py --init {done}/checkpoint.pt --latent-dim 7", "--latent-dim 12, not one with"),
     ("train.py --resume --out {done} --decoder-channels 32 --steps 9", "--decoder-channels 8, not 32"),
-    ("train.py --out {done}", "--resume"),
-    ("train.py --resume --out {done}", "raise --steps"),
-    ("sample_ldm.py train --vae {tmp}/text.pt", "no litevae-2 checkpoint"),
-    ("sample_ldm.py train --vae {ldm}", "its format is litevae-ldm-3"),
+    ("train.py --out {done}", "--resume"), ("train.py --resume --out {done}", "raise --steps"),
+    ("train.py --resume --out {folder}", "no training state"), ("train.py --resume --out {tmp}", "no checkpoint at"),
+    ("sample_ldm.py", "COMMAND"), ("sample_ldm.py train --vae {ldm}", "its format is litevae-ldm-3"),
     ("sample_ldm.py train --vae {tmp}/othervae.pt", "not those of the model"),
-    ("sample_ldm.py train --vae {vae} --noise-std 0", "--noise-std: must be a number above 0"),
     ("sample_ldm.py train --vae {vae} --class-cond --data {tmp}/two", "two or more"),
     ("sample_ldm.py train --vae {vae} --class-cond --data {classes} --val {tmp}/two", "in no folder"),
-    ("sample_ldm.py train --vae {vae} --out {tmp}/run", "--resume"),
-    ("sample_ldm.py train --resume --noise-mean 3 --out {tmp}/run", "keeps it"),
     ("sample_ldm.py sample --ldm {vae}", "its format is litevae-2"),
     ("sample_ldm.py sample --ldm {tmp}/unsized.pt", "no resolution"),
-    ("sample_ldm.py sample --ldm {tmp}/other.pt", "not those of the model"),
     ("sample_ldm.py sample --ldm {tmp}/ema.pt", "not those of the model"),
     ("sample_ldm.py sample --ldm {tmp}/plain.pt --class cat", "without classes"),
     ("sample_ldm.py sample --ldm {ldm} --class cow", "cat, dog"),
     ("sample_ldm.py sample --ldm {ldm} --size 16x20", "--size: must be a multiple of 8"),
-    ("sample_ldm.py", "COMMAND"),
-    ("eval.py mmd --vae {vae} --data {tmp}/broken", "can be read"),
-    ("eval.py fid {tmp}/one {tmp}/two --inception random", "at least 2"),
-    ("eval.py fid {tmp}/two", "two folders"),
+    ("eval.py fid {tmp}/one {tmp}/two --inception random", "at least 2"), ("eval.py fid {tmp}/two", "two folders"),
     ("eval.py fid {tmp}/two {tmp}/none.npz --inception random", "saved statistics"),
     ("eval.py fid {tmp}/small.npz {tmp}/two --inception random", "2048"),
     ("eval.py recon --vae {vae} --lpips-net none", "--no-fid"),
     ("eval.py recon --vae {vae} --no-fid", "--lpips-net none"),
     ("eval.py mmd --vae {vae} --data {tmp}/two --resolution 32", "at least 4"),
+    ("eval.py mmd --vae {tmp}/vit.pt", "16x16 alone"),
     ("eval.py scale --vae {vae} --resolutions 16", "at least 32"),
-    ("eval.py recon --vae {vae} --json {tmp}/none/r.json", "folder that exists"),
     ("eval.py latents --vae {vae} --json {tmp}", "folder that exists"),
     ("eval.py latents --vae {vae} --out {tmp}/picture", "ends in .png"),
     ("eval.py latents --vae {tmp}/bare.pt", "describes no model"),
-    ("eval.py classes {tmp}/broken_and_one", "some samples cannot be read"),
-    ("eval.py latents --vae {vae} {tmp}/none.png", "can be read"),
-    *((command, "16x16 alone") for command in (  # that of a ViT
-        "eval.py recon --vae {tmp}/vit.pt --resolution 32 --no-fid --lpips-net none", "eval.py mmd --vae {tmp}/vit.pt",
-        *(f"eval.py {name} --vae {{tmp}}/vit.pt --resolution 32" for name in ("latents", "features")),
-        "eval.py scale --vae {tmp}/vit.pt --resolutions 16 32 --no-fid --lpips-net none"))]
+    ("eval.py latents --vae {vae} {tmp}/none.png", "can be read")]
 
 
 @pytest.mark.parametrize("command, words", REFUSED)
-def test_what_cannot_be_done_is_refused_at_once_in_one_sentence(
+def test_what_cannot_be_done_is_refused_in_one_sentence(
         command, words, wrong_files, finished_run, class_folder, vae_file, ldm_file, tmp_path, offline, capsys):
     name, *options = command.split()
-    paths = {"tmp": wrong_files, "done": finished_run, "classes": class_folder, "vae": vae_file, "ldm": ldm_file}
-    options = [o.format(**paths) for o in options]
-    if name != "eval.py" and "--out" not in options and command != "sample_ldm.py":
+    paths = {"tmp": wrong_files, "done": finished_run, "classes": class_folder, "vae": vae_file, "ldm": ldm_file,
+             "folder": vae_file.parent}
+    options = [o.format(**paths) for o in options] + (["--device", "cpu"] if "--device" not in options else [])
+    if name != "eval.py" and "--out" not in options:
         options += ["--out", tmp_path / "new"]
-    script = {"train.py": train, "sample_ldm.py": sample_ldm, "eval.py": evaluation}[name]
-    assert run(script, *options, *(["--device", "cpu"] if "--device" not in options else [])) == 1
+
+    assert run(SCRIPTS[name], *(options if "COMMAND" not in words else [])) == 1
+
     error = capsys.readouterr().err
     assert words in error and error.startswith(f"{name}: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
 def test_ctrl_c_outside_the_loop_leaves_no_traceback(tmp_path, vae_file, monkeypatch, capsys):
-    interrupt = mock.Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr(train, "prepare", interrupt)
-    monkeypatch.setattr(train.Machine, "images", interrupt)
+    monkeypatch.setattr(train, "prepare", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(train.Machine, "images", mock.Mock(side_effect=KeyboardInterrupt))
+
     assert run(train, *TINY[train], "--out", tmp_path / "a") == 130
     assert run(evaluation, "mmd", "--vae", vae_file, "--device", "cpu", "--json", tmp_path / "r.json") == 130
+
     assert capsys.readouterr().err == "train.py: stopped\neval.py: stopped\n" and not (tmp_path / "r.json").exists()
 
 
-HELP = {"train.py": (train, ["default: S, with --data B", "default: 48, with --data 128", "with --data 0.0001",
-                             "multiple of 8", "default: auto"]),
-        "sample_ldm.py train": (sample_ldm, ["default: quick, with --data small", "updates of the model"]),
-        "sample_ldm.py sample": (sample_ldm, []),
-        **{f"eval.py {command}": (evaluation, ["Needs", "--json"])
-           for command in ("recon", "fid", "scale", "mmd", "cost", "latents", "features", "classes")}}
-
-
-@pytest.mark.parametrize("command", HELP)
-def test_help_states_every_default(command, capsys):
-    (script, words), (name, *sub) = HELP[command], command.split()
-    with pytest.raises(SystemExit):
-        run(script, *sub, "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(word in text for word in words)
-    assert name != "eval.py" or re.search(r"\d s\b|Seconds|minutes", text)  # how long it takes
-    parser = script.build_parser()
-    if sub:
-        parser = next(a for a in parser._actions if a.dest == "command").choices[sub[0]]
-    told_elsewhere = {"--help", "--init", "--raw-weights", *(["--resolution"] if name == "sample_ldm.py" else [])}
-    for action in parser._actions:
-        if action.option_strings and not action.required and action.option_strings[-1] not in told_elsewhere:
-            assert "default" in action.help, action.option_strings
-
-
-def test_every_option_has_a_value_in_both_recipes():
-    typed = {action.dest for action in train.build_parser()._actions} - {"help", "out"}
-    assert typed == train.QUICK_START.keys() == train.PAPER.keys()
+def test_every_option_has_a_value_in_both_recipes_and_states_it(folder):
+    options = {action.dest for action in train.build_parser()._actions} - {"help", "out"}
     commands = next(a for a in sample_ldm.build_parser()._actions if a.dest == "command").choices
-    typed = {action.dest for action in commands["train"]._actions} - {"help", "out"}
-    assert typed == sample_ldm.QUICK_START.keys() == sample_ldm.DATA.keys()
+    diffusion = {action.dest for action in commands["train"]._actions} - {"help", "out"}
+
+    quick, paper = [vars(train.parse_args(["--out", "/none", *more])[0]) for more in ([], ["--data", str(folder)])]
+
+    assert options == train.QUICK_START.keys() == train.PAPER.keys()
+    assert diffusion == sample_ldm.QUICK_START.keys() == sample_ldm.DATA.keys()
+    assert quick == {**train.QUICK_START, "out": "/none"}
+    assert paper == {**train.PAPER, "out": "/none", "data": str(folder)}
+    for parser, words in ((train.build_parser(), "default: S, with --data B"), (commands["train"], "default: quick,")):
+        assert words in " ".join(parser.format_help().split())
+    appendix_f = {"batch_size": 16, "steps": 200_000, "lr": 1e-4, "beta1": 0.5, "beta2": 0.9, "size": "B"}
+    assert appendix_f.items() <= paper.items()
 
 
-# The README's figures were made with these numbers: who changes one measures anew.
-RECIPES = [
-    (train, "PAPER", dict(
-        size="B", latent_dim=4, decoder_channels=128, output_type="image", use_smc=False, resolution=128, batch_size=16,
-        steps=200_000, lr=1e-4, beta1=0.5, beta2=0.9, lr_warmup=0, lr_decay=0, clip=1, ema=0.9999, perceptual="lpips",
-        discriminator="unet", disc_channels=64, adv_loss="hinge", adaptive_weight=False, weight_l1=1, weight_kl=1e-6,
-        weight_perceptual=1, weight_wavelet=1, weight_gaussian=0.5, weight_adv=0.1, weight_ldl=0, seed=0)),
-    (train, "QUICK_START", dict(
-        size="S", latent_dim=12, decoder_channels=16, output_type="wavelet", use_smc=True, resolution=48, batch_size=4,
-        steps=1490, lr=4e-3, beta1=0.9, beta2=0.99, lr_warmup=200, lr_decay=0.7, clip=1, ema=0.99, perceptual="none",
-        discriminator="none", weight_l1=1, weight_kl=1e-4, weight_wavelet=0.1, weight_gaussian=0, seed=0)),
-    (sample_ldm, "QUICK_START", dict(
-        model="quick", steps=2000, batch_size=64, noise_mean=-0.5, noise_std=1.2, lr=4e-3, beta1=0.9, beta2=0.99,
-        lr_warmup=100, lr_decay=0.5, clip=1, ema=0.998, class_dropout=0.1, class_cond=True, cache_latents=True,
-        seed=0)),
-    (sample_ldm, "DATA", dict(
-        model="small", steps=30_000, batch_size=128, noise_mean=0.3, noise_std=1, lr=2e-4, beta1=0.9,
-        beta2=0.99, lr_warmup=1000, lr_decay=0, clip=1, ema=0.9999, class_dropout=0.1, class_cond=False,
-        cache_latents=False, seed=0))]
-
-
-@pytest.mark.parametrize("script, name, values", RECIPES)
-def test_recipes_are_what_was_measured_and_what_a_run_takes(script, name, values, folder, vae_file, tmp_path):
-    assert values.items() <= getattr(script, name).items()
-    options = ["--out", str(tmp_path / "a")] + (["--data", str(folder)] if name in ("PAPER", "DATA") else [])
-    if script is train:
-        args, _ = train.parse_args(options)
-    else:
-        typed = sample_ldm.build_parser().parse_args(["train", *options, "--vae", str(vae_file)])
-        args, _ = sample_ldm.merge(vars(typed))
-    assert values.items() <= vars(args).items()
-
-
-def torchrun(script, *args):
+def torchrun(script, *args, status=0):
     """A script run by two processes with gloo."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            str(script), *map(str, args)], capture_output=True, text=True, timeout=200,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == status, done.stderr[-2000:]
 
 
-def test_two_processes_follow_the_curve_of_one(tmp_path):
-    """Two processes against one with the same global batch."""
+STOPPED = """
+import os, signal, sys, train
+rate = train.learning_rate
+
+def learning_rate(step, args):
+    if step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return rate(step, args)
+
+train.learning_rate = learning_rate
+sys.exit(train.main())
+"""
+
+
+def test_two_processes_stop_together_and_follow_the_curve_of_one(tmp_path):
+    """Two processes, of which one gets a signal, against one process with the same global batch."""
     options = [*GAN, "--batch-size", "4", "--steps", "8", "--adaptive-weight", "--grad-ratio"]
-    torchrun(HERE / "train.py", *TINY[train], *options, "--out", tmp_path / "two")
+    (tmp_path / "stopped.py").write_text(STOPPED)
+
+    torchrun(tmp_path / "stopped.py", *TINY[train], *options, "--out", tmp_path / "two", status=1)
+    stopped = checkpoint_of(tmp_path / "two")["step"]
+    torchrun(HERE / "train.py", "--resume", "--out", tmp_path / "two")
     one, two = trained(tmp_path / "one", *options)[0], rows(tmp_path / "two")
+
+    assert stopped == 4
     assert [r["step"] for r in two] == [r["step"] for r in one] == [str(i) for i in range(1, 9)]  # one writer
     for a, b in zip(one, two):
-        for name in ("loss", "l1", "wavelet", "gaussian", "kl", "adv", "d_loss", "adv_weight", "grad_ratio"):
+        for name in ("loss", "l1", "wavelet", "kl", "adv", "d_loss", "adv_weight", "grad_ratio", "grad_norm"):
             expected = pytest.approx(float(a[name] or 0), rel=2e-3, abs=1e-4)
             assert (a[name] == "") == (b[name] == "") and float(b[name] or 0) == expected, name
-    files = sorted(p.name for p in (tmp_path / "two").iterdir())
-    assert files == ["checkpoint.pt", "curves.png", "log.csv", "reconstructions-000008.png"]
-
-
-def test_a_report_is_of_the_ema_weights_in_the_training_precision(tmp_path):
-    assert run(train, *TINY[train], "--precision", "bf16", "--steps", 3, "--out", tmp_path / "a") == 0
-    vae = LiteVAE.from_checkpoint(tmp_path / "a" / "checkpoint.pt")
-    x = held_out_images()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        out = vae(x, sample=False)
-    assert float(rows(tmp_path / "a")[-1]["psnr"]) == pytest.approx(train.psnr(out.sample, x).mean().item(), abs=2e-3)
-    assert vae.config.scaling_factor == pytest.approx(1 / out.latent.std().item(), rel=1e-3)
-
-
-def test_the_discriminators_loss_counts_from_a_quarter_or_at_once_after_a_trained_one(tmp_path):
-    disc = ["--discriminator", "unet", "--disc-channels", 8]
-    log, _ = trained(tmp_path / "a", *disc, "--steps", 40)
-    trains, counts = [[int(r["step"]) for r in log if r[name]] for name in ("d_loss", "adv")]
-    assert trains == list(range(10, 41)) and counts == list(range(11, 41))  # a quarter; a tenth of that before it
-    start = ["--steps", 8, "--init", tmp_path / "a" / "checkpoint.pt"]
-    log, _ = trained(tmp_path / "b", *start, *disc)
-    assert all(r["d_loss"] and float(r["adv_weight"]) == pytest.approx(0.1) for r in log)
-    log, _ = trained(tmp_path / "c", *start, *disc, "--disc-channels", 16)  # another one has to be trained first
-    assert [bool(r["adv"]) for r in log] == [False] * 2 + [True] * 6
-    trained(tmp_path / "d", *start, "--discriminator", "none")
-
-
-class Waits(torch.overrides.TorchFunctionMode):
-    """Notes the calls that would wait for a GPU, because they bring numbers from it to the CPU."""
-
-    names = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__format__",
-             "__array__", "is_nonzero", "nonzero", "equal", "allclose"}
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.__name__
-        goes = name == "to" and any(isinstance(a, str) for a in (*args[1:], *kwargs.values()))  # to("cpu")
-        if goes or name in self.names:
-            self.calls.append(name)
-        return function(*args, **kwargs)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [
+        "checkpoint.pt", "curves.png", "log.csv", "reconstructions-000004.png", "reconstructions-000008.png"]
 
 
 @pytest.mark.parametrize("script, options", [
-    (train, ["--discriminator", "unet", *DISC]), (train, ["--adaptive-weight", "--discriminator", "unet", *DISC]),
-    (train, ["--weight-ldl", 1, "--discriminator", "stylegan", *DISC, "--batch-size", 4]), (sample_ldm, [])])
-def test_a_step_waits_for_the_device_at_most_once(script, options, tmp_path, monkeypatch, tiny_ldm):
-    task = {train: train.AutoencoderTask, sample_ldm: sample_ldm.DiffusionTask}[script]
-    step, seen = task.step, []
+    (train, ["--discriminator", "unet", *DISC]), (sample_ldm, []),
+    (train, ["--adaptive-weight", "--weight-ldl", 1, "--discriminator", "stylegan", *DISC, "--batch-size", 4])])
+def test_a_step_brings_numbers_from_the_device_at_most_once(script, options, tmp_path, monkeypatch, tiny_ldm):
+    """A GPU has to be waited for by what makes numbers of its tensors."""
+    task, calls, seen = {train: train.AutoencoderTask, sample_ldm: sample_ldm.DiffusionTask}[script], [], []
+    step = task.step
+
+    def note(name):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *how, **more: calls.append(name) or method(*how, **more))
 
     def watched(*how):
-        with Waits() as waits:
-            values = step(*how)
-        seen.append(waits.calls)
+        calls.clear()
+        values = step(*how)
+        seen.append(calls[:])
         return values
+
     monkeypatch.setattr(task, "step", watched)
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__format__", "__array__"):
+        note(name)
     trained(tmp_path / "a", *options, "--steps", 3, script=script)
 
     assert seen == 3 * [["tolist"]]  # all gradient norms are read together
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_whole_process_group_saves_too(tmp_path, folder, number):
-    """As Slurm and `timeout` send it, to the loader's workers as well."""
+def test_a_run_outlives_nohup_and_saves_when_its_group_is_ended(tmp_path, folder):
+    """As Slurm and `timeout` send a signal, to the loader's workers as well."""
+    def wait_for(steps):
+        while not (tmp_path / "a" / "log.csv").exists() or len(rows(tmp_path / "a")) < steps:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+
     options = [*TINY[train], "--workers", 2, "--data", folder, "--perceptual", "none", "--discriminator", "none",
                "--steps", 100000, "--out", tmp_path / "a"]
     process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, options)],
                                start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
-    while not (tmp_path / "a" / "log.csv").exists() or len(rows(tmp_path / "a")) < 3:
-        time.sleep(0.1)
-    os.killpg(process.pid, number)
-    assert process.wait(60) == 128 + number, process.stdout.read()
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(3)
+    os.killpg(process.pid, signal.SIGHUP)
+    wait_for(len(rows(tmp_path / "a")) + 3)
+    os.killpg(process.pid, signal.SIGTERM)
+
+    assert process.wait(60) == 128 + signal.SIGTERM, process.stdout.read()
     assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == int(rows(tmp_path / "a")[-1]["step"])
-
-
-def test_nothing_that_is_not_finite_replaces_a_good_checkpoint(tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        poison(patch, {1})
-        assert run(train, *TINY[train], "--steps", 2, "--out", tmp_path / "a") == 0
-    assert checkpoint_of(tmp_path / "a")["step"] == 2  # one skipped step leaves good weights
-    good = (tmp_path / "a" / "checkpoint.pt").read_bytes()
-    with monkeypatch.context() as patch:
-        poison(patch, {0, 1})
-        assert run(train, "--resume", "--steps", 4, "--out", tmp_path / "a") == 1
-    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == good and "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(train.AutoencoderTask, "report", lambda self, step: {"psnr": math.nan})
-    assert run(train, "--resume", "--steps", 5, "--out", tmp_path / "a") == 1
-    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == good and "--resume" in capsys.readouterr().err
-
-
-def test_the_first_step_is_shown_curves_are_drawn_and_an_edited_log_is_refused(tmp_path, capsys):
-    assert [r["step"] for r in trained(tmp_path / "a", "--log-every", 100, "--steps", 4)[0]] == ["1", "4"]
-    pixels = np.asarray(Image.open(tmp_path / "a" / "curves.png").convert("RGB"))
-    assert (pixels == [0x0B, 0x5F, 0xA5]).all(-1).sum() > 200
-    (tmp_path / "a" / "log.csv").write_text("my notes\nare precious\n")
-    assert run(train, "--resume", "--steps", 5, "--out", tmp_path / "a") == 1
-    assert "is no log of this run" in capsys.readouterr().err
-    assert (tmp_path / "a" / "log.csv").read_text() == "my notes\nare precious\n"
 
 
 # --- train.py: what the paper compares with -----------------------------------------------------------
 
-COMPARED = {  # options, the class of the autoencoder, what eval.py calls it
-    "sd-vae": (["--model", "sd-vae"], "SDVAE", "SD-VAE,"),
-    "vae-small": (["--model", "vae-small"], "SDVAE", "VAE-Small,"),
-    "dwt": (["--model", "dwt"], "DWTVAE", "DWT, nz 12"),
-    "dwt-2": (["--model", "dwt-2"], "DWTVAE", "DWT-2, nz 48"),
-    "nafnet": (["--extractor", "nafnet"], "LiteVAE", "LiteVAE-S (NAFNet extractor)"),
-    "shared": (["--shared-extractor"], "LiteVAE", "LiteVAE-S (shared extractor)"),
-    "vit": (["--aggregator", "vit"], "LiteVAE", "LiteVAE-S (ViT aggregator)"),
-    "two levels": (["--last-two-levels"], "LiteVAE", "LiteVAE-S (last two levels)"),
-    "stylegan": (["--discriminator", "stylegan", *DISC, "--batch-size", "4"], "LiteVAE", "LiteVAE-S,"),
-    "patchgan": (["--discriminator", "patchgan", *DISC, "--resolution", "24"], "LiteVAE", "LiteVAE-S,"),
-    "logistic": (["--discriminator", "unet", "--adv-loss", "logistic", *DISC], "LiteVAE", "LiteVAE-S,"),
-    "adaptive": (["--discriminator", "unet", "--adaptive-weight", *DISC], "LiteVAE", "LiteVAE-S,"),
-    "ldl": (["--weight-ldl", "1"], "LiteVAE", "LiteVAE-S,"),
-    "lpips": (["--perceptual", "lpips"], "LiteVAE", "LiteVAE-S,"),
-    "esrgan": (["--perceptual", "esrgan"], "LiteVAE", "LiteVAE-S,")}
-@pytest.mark.parametrize("variant", COMPARED)
-def test_what_the_paper_compares_with_trains_and_is_known_by_its_checkpoint(variant, tmp_path, vgg, narrow, capsys):
-    options, kind, name = COMPARED[variant]
-    log, _ = trained(tmp_path / "a", *options, "--steps", 2)
-    if variant in ("sd-vae", "dwt-2", "vit", "shared", "stylegan"):
-        log, _ = resumed(tmp_path / "a", "--steps", 3)
-    assert len(log) >= 2 and all(math.isfinite(float(r["loss"])) and r["skipped"] == "0" for r in log)
-    for option, term in (("--weight-ldl", "ldl"), ("--perceptual", "perceptual"), ("--discriminator", "adv")):
-        assert option not in options or float(log[-1][term]) != 0
-    path = tmp_path / "a" / "checkpoint.pt"
-    assert type(LiteVAE.from_checkpoint(path)).__name__ == kind
-    capsys.readouterr()
-    measured(tmp_path, "recon", "--vae", path, *NO_METRICS, "--limit", 2)
-    out = capsys.readouterr().out
-    assert name in out and ("at 24x24" if variant == "patchgan" else "at 16x16") in out  # that of training
+STYLEGAN = ["--discriminator", "stylegan", "--adv-loss", "logistic", "--batch-size", 4, *DISC]
 
 
-@pytest.mark.parametrize("name, kind", [("unet", UNetDiscriminator), ("stylegan", litevae.StyleGANDiscriminator),
-                                        ("patchgan", litevae.PatchDiscriminator)])
-def test_the_options_choose_the_networks_they_name(name, kind, tmp_path, vgg):
-    task, _ = prepared("--discriminator", name, *DISC, "--perceptual", "esrgan", "--resolution", 32, "--batch-size", 4,
-                       "--out", tmp_path / "a")
-    assert type(task.discriminator) is kind and type(task.perceptual) is litevae.ESRGANPerceptual
-    assert count(task.discriminator) < 10**6  # its width is --disc-channels
+@pytest.mark.parametrize("options, name, expected", [
+    (["--model", "sd-vae", "--perceptual", "esrgan"], "SD-VAE", {"perceptual": litevae.ESRGANPerceptual}),
+    (["--model", "vae-small"], "VAE-Small", {}), (["--model", "dwt-2"], "DWT-2", {}),
+    (["--extractor", "nafnet", "--size", "S"], "LiteVAE-S (NAFNet extractor)", {"discriminator": type(None)}),
+    (["--aggregator", "vit", *STYLEGAN], "LiteVAE-S (ViT aggregator)", {
+        "discriminator": litevae.StyleGANDiscriminator, "g_loss": "logistic_g_loss", "d_loss": "logistic_d_loss"}),
+    (["--last-two-levels", "--size", "B"], "LiteVAE-B (last two levels)", {"perceptual": type(None)}),
+    (["--shared-extractor", "--discriminator", "patchgan", "--resolution", 24, *DISC], "LiteVAE-S (shared extractor)", {
+        "discriminator": litevae.PatchDiscriminator, "g_loss": "hinge_g_loss", "d_loss": "hinge_d_loss"})])
+def test_options_choose_what_they_name_and_a_checkpoint_keeps_it(options, name, expected, tmp_path, vgg, narrow):
+    task, batch = prepared(*options, "--steps", 9, "--out", tmp_path)
+    _, finite = task.step(batch, 1, True)
+    task.save(1)
+
+    vae = LiteVAE.from_checkpoint(tmp_path / "checkpoint.pt")
+    chosen = {key: getattr(getattr(task, key), "__name__", type(getattr(task, key))) for key in expected}
+    assert finite and vae.name == name and chosen == expected
+    assert_same_weights(vae.state_dict(), task.ema.model.state_dict())
 
 
-def test_the_adaptive_weight_is_that_of_equation_2(tmp_path):
-    log, _ = trained(tmp_path / "a", "--discriminator", "unet", "--adaptive-weight", "--grad-ratio", *DISC,
-                     "--disc-warmup", 2, "--steps", 5)
-    for row in log[1:]:
-        ramp = 0.5 if row["step"] == "2" else 1
-        # Weighted, the adversarial gradient is half of the other: grad_ratio is of the unweighted ones.
-        assert float(row["adv_weight"]) * float(row["grad_ratio"]) == pytest.approx(0.5 * ramp, rel=5e-3)
-        kl, adv = train.QUICK_START["weight_kl"] * float(row["kl"]), float(row["adv_weight"]) * float(row["adv"])
-        total = float(row["recon"]) + kl + adv
-        assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
-
-
-def test_ldl_is_added_to_the_reconstruction_loss_and_looks_at_the_ema_weights(tmp_path, monkeypatch):
+def test_ldl_the_adaptive_weight_and_the_ratio_by_hand(tmp_path, monkeypatch):
     seen, ldl = [], train.ldl_loss
     monkeypatch.setattr(train, "ldl_loss", lambda *images: seen.append(images) or ldl(*images))
-    task, batch = prepared("--weight-ldl", 0.7, "--steps", 9, "--out", tmp_path / "a")
+    weights = {"weight_kl": 0.2, "weight_mse": 0.0, "weight_wavelet": 0.3, "weight_ldl": 0.7}
+    task, batch = prepared(*typed(weights), "--discriminator", "unet", "--disc-channels", 8, "--disc-start", 1,
+                           "--disc-warmup", 2, "--adaptive-weight", "--grad-ratio", "--steps", 9, "--out", tmp_path)
     task.ema.model.decoder.conv_out.gain.mul_(0.5)  # nearer to the images than an untrained reconstruction
+    image = task.machine.images(batch[0])
     torch.manual_seed(7)
     noise = task.machine.randn((2, 12, 2, 2))
-    expected = task.ema.model(task.machine.images(batch[0]), noise=noise).sample
+    x_hat, x_ema = [model(image, noise=noise).sample for model in (task.vae, task.ema.model)]
+
     torch.manual_seed(7)
-    values, _ = task.step(batch, 0, True)
-    x_hat, _, x_ema = seen[0]
-    assert torch.allclose(x_ema, expected, atol=1e-5) and x_hat.requires_grad
-    assert not torch.allclose(x_ema, x_hat, atol=0.1)
-    assert values["ldl"].item() == pytest.approx(ldl(*seen[0]).item()) and values["ldl"] > 1e-4
-    weights = train.QUICK_START
-    recon = values["l1"] + weights["weight_wavelet"] * values["wavelet"] + 0.7 * values["ldl"]
-    assert values["recon"].item() == pytest.approx(recon.item(), rel=1e-5)
-    assert values["loss"].item() == pytest.approx((recon + weights["weight_kl"] * values["kl"]).item(), rel=1e-5)
+    values, _ = task.step(batch, 1, True)
 
-
-@pytest.mark.parametrize("name", ["hinge", "logistic"])
-def test_the_chosen_adversarial_loss_trains_both_players(name, tmp_path, monkeypatch):
-    used = set()
-
-    def spy(f):
-        return lambda *logits: used.add(f.__name__) or f(*logits)
-    for loss, functions in list(train.ADVERSARIAL.items()):
-        monkeypatch.setitem(train.ADVERSARIAL, loss, [spy(f) for f in functions])
-    trained(tmp_path / name, "--discriminator", "unet", "--adv-loss", name, *DISC, "--steps", 2)
-    assert used == {f"{name}_g_loss", f"{name}_d_loss"}
-
-
-def test_a_start_from_a_variant_keeps_its_parts(tmp_path, capsys, narrow):
-    trained(tmp_path / "a", "--extractor", "nafnet", "--shared-extractor", *GAN, "--steps", 5)
-    start = ["--device", "cpu", "--batch-size", 4, "--init", tmp_path / "a" / "checkpoint.pt", "--steps", 5]
-    # Another kind of discriminator does not go on with the first one's weights; another resolution does.
-    assert run(train, *start, *GAN, "--discriminator", "stylegan", "--resolution", 32, "--out", tmp_path / "b") == 0
-    config = checkpoint_of(tmp_path / "b")["config"]
-    assert config["extractor"] == "nafnet" and config["shared_extractor"] and config["size"] == "S"
-    assert "NAFNet extractor, shared extractor" in capsys.readouterr().out
-    assert run(train, *start, "--extractor", "unet", "--out", tmp_path / "c") == 1
-    assert "--extractor nafnet, not one with" in capsys.readouterr().err
-
-
-def test_a_run_from_before_an_option_existed_goes_on(finished_run, tmp_path):
-    old = checkpoint_of(finished_run)
-    for key in ("model", "adv_loss", "adaptive_weight", "weight_ldl", *train.VARIANT):
-        del old["args"][key]
-    (tmp_path / "a").mkdir()
-    litevae.write_checkpoint(tmp_path / "a" / "checkpoint.pt", old)
-    assert resumed(tmp_path / "a", "--steps", 7)[1]["step"] == 7
-
-
-def test_help_groups_the_options_by_table():
-    tables = {"--model": (1, 2, 11, 12, 22), "--use-smc": (4,), "--adaptive-weight": (8,), "--weight-wavelet": (9,),
-              "--discriminator": (10,), "--perceptual": (14,), "--weight-ldl": (15,), "--adv-loss": (16,),
-              "--use-1x1-conv": (17,), "--extractor": (18,), "--last-two-levels": (21,)}
-    groups = train.build_parser()._action_groups
-    for option, numbers in tables.items():
-        (title,) = [g.title for g in groups if any(option in a.option_strings for a in g._group_actions)]
-        assert all(re.search(rf"\b{number}\b", title.split(":")[0]) for number in numbers), title
+    for found, expected in zip(seen[0], (x_hat, image, x_ema)):
+        assert torch.allclose(found, expected, atol=1e-5)
+    values = {name: torch.as_tensor(value).item() for name, value in values.items()}
+    assert values["ldl"] == pytest.approx(ldl(x_hat, image, x_ema).item(), rel=1e-3) and values["ldl"] > 1e-4
+    recon = values["l1"] + 0.3 * values["wavelet"] + 0.7 * values["ldl"]
+    assert values["recon"] == pytest.approx(recon, rel=1e-5)
+    # Weighted, the adversarial gradient is half of the other, here times a ramp of a half; the ratio is unweighted.
+    assert values["adv_weight"] * values["grad_ratio"] == pytest.approx(0.5 * 0.5, rel=5e-3)
+    total = recon + 0.2 * values["kl"] + values["adv_weight"] * values["adv"]
+    assert values["loss"] == pytest.approx(total, rel=1e-4)
 
 
 # --- sample_ldm.py: diffusion and its samplers --------------------------------------------------------
