@@ -49,7 +49,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 from spandrel.architectures.NAFNet.__arch import NAFNet_arch
 
 import eval as evaluation  # the name of a built-in function
