@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1222,7 +1223,7 @@ def test_held_out_images_are_spread_and_not_trained_on(tmp_path, monkeypatch):
     assert len(every) == 50  # where none would be left, all are trained on
 
 
-# --- train.py: PSNR, plots, and around the loop -------------------------------------------------------
+# --- train.py: PSNR, and around the loop --------------------------------------------------------------
 
 
 def test_psnr_equals_scikit_image_and_clamps():
@@ -1232,17 +1233,6 @@ def test_psnr_equals_scikit_image_and_clamps():
         a, b = (a.numpy() + 1) / 2, np.clip((b.numpy() + 1) / 2, 0, 1)
         theirs = skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1)
         assert ours.item() == pytest.approx(theirs, rel=1e-5)
-
-
-@pytest.mark.parametrize("even, columns", [(False, [160, 240, 400]), (True, [133, 240, 346])])
-def test_plots_show_their_points_where_they_belong(even, columns, tmp_path):
-    points = [(1, 20.0), (2, 30.0), (4, 25.0)]
-
-    train.plot(tmp_path / "p.png", {"one": {"a": points}, "two": {"b": points}}, "step", even)
-
-    pixels = np.asarray(Image.open(tmp_path / "p.png"))
-    for x, y in zip(columns, [273, 67, 170]):
-        assert [tuple(pixels[y, x + 420 * panel]) for panel in (0, 1)] == [(0x0B, 0x5F, 0xA5), (0xD1, 0x49, 0x5B)]
 
 
 def test_a_log_goes_on_behind_its_checkpoint_and_knows_the_speed(tmp_path, monkeypatch):
@@ -1671,7 +1661,7 @@ def test_two_processes_stop_together_and_follow_the_curve_of_one(tmp_path):
             expected = pytest.approx(float(a[name] or 0), rel=2e-3, abs=1e-4)
             assert (a[name] == "") == (b[name] == "") and float(b[name] or 0) == expected, name
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [
-        "checkpoint.pt", "curves.png", "log.csv", "reconstructions-000004.png", "reconstructions-000008.png"]
+        "checkpoint.pt", "log.csv", "reconstructions-000004.png", "reconstructions-000008.png"]
 
 
 @pytest.mark.parametrize("script, options", [
@@ -1719,6 +1709,104 @@ def test_a_run_outlives_nohup_and_saves_when_its_group_is_ended(tmp_path, folder
 
     assert process.wait(60) == 128 + signal.SIGTERM, process.stdout.read()
     assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == int(rows(tmp_path / "a")[-1]["step"])
+
+
+# --- train.py: what ends a run from outside -------------------------------------------------------------
+
+
+def started(out, data, workers):
+    """train.py in a process of its own, which has logged three steps; its loaders' process numbers."""
+    options = [*TINY[train], "--workers", workers, "--data", data, "--perceptual", "none", "--discriminator", "none",
+               "--steps", 100000, "--log-every", 1, "--out", out]
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, options)], start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "log.csv").exists() or len(rows(out)) < 3:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, [int(child) for child in children]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists processes as Linux does")
+
+
+@needs_proc
+@pytest.mark.parametrize("workers", [2, 8])
+def test_a_run_whose_folder_vanishes_saves_and_ends(workers, folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    process, loaders = started(tmp_path / "run", data, workers)
+
+    shutil.rmtree(data)
+
+    words = process.communicate(timeout=60)[0].splitlines()[-1]
+    assert process.returncode == 1 and "images can be read" in words
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 3
+    assert not any(Path(f"/proc/{loader}").exists() for loader in loaders)
+
+
+@needs_proc
+@pytest.mark.parametrize("workers", [2, 8])
+def test_a_run_whose_loader_is_killed_saves_and_ends(workers, folder, tmp_path):
+    process, loaders = started(tmp_path / "run", folder, workers)
+
+    os.kill(loaders[-1], signal.SIGKILL)
+
+    words = process.communicate(timeout=60)[0].splitlines()[-1]
+    assert process.returncode == 1 and "lower --batch-size" in words
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 3
+    assert not any(Path(f"/proc/{loader}").exists() for loader in loaders)
+
+
+def test_moments_of_another_memory_format_are_taken_up_by_value():
+    conv = nn.Conv2d(3, 4, 3)
+    optimizer = torch.optim.Adam(conv.parameters(), 1e-3, fused=True)
+    conv(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    expected = copy.deepcopy(conv)
+    follower = torch.optim.Adam(expected.parameters(), 1e-3, fused=True)
+    train.load_optimizer(follower, copy.deepcopy(state))
+    for moments in state.values():
+        moments.update({name: moments[name].contiguous(memory_format=torch.channels_last)
+                        for name in ("exp_avg", "exp_avg_sq") if moments[name].ndim == 4})
+
+    train.load_optimizer(optimizer, state)
+    for module, adam in ((conv, optimizer), (expected, follower)):
+        module.weight.grad = torch.ones_like(module.weight)
+        adam.step()
+
+    assert torch.equal(conv.weight, expected.weight)
+
+
+def test_a_thin_image_is_skipped_and_named(tmp_path, capsys):
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "thin.png")
+    Image.new("RGB", (64, 2)).save(tmp_path / "wide.png")
+
+    data = train.ImageFolder(train.find_images(tmp_path), 256)
+
+    assert data[1][0].shape == (3, 256, 256)
+    assert "thin.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--data", "--val", "--init", "--out"])
+def test_an_unset_variable_is_refused(option, capsys):
+    assert run(train, option, "") == 1
+    assert f"{option}: must be the name" in capsys.readouterr().err
+
+
+def test_a_new_loss_has_its_option_and_its_column(tmp_path, monkeypatch):
+    def with_another(output, image, weights, *others):
+        total, terms = autoencoder_loss(output, image, weights, *others)
+        another = output.sample.square().mean()
+        return total + weights["another"] * another, {**terms, "another": another}
+    for names in (train.LOSS_WEIGHTS, train.QUICK_START, train.PAPER):
+        key = "another" if names is train.LOSS_WEIGHTS else "weight_another"
+        monkeypatch.setitem(names, key, 0.0)
+    monkeypatch.setattr(train, "autoencoder_loss", with_another)
+
+    log, checkpoint = trained(tmp_path / "run", "--steps", 2, "--weight-another", 2)
+
+    assert float(log[-1]["another"]) > 0 and checkpoint["args"]["weight_another"] == 2
 
 
 # --- train.py: what the paper compares with -----------------------------------------------------------
@@ -2065,11 +2153,11 @@ def test_a_diffusion_run_leaves_checkpoint_log_and_samples(tmp_path, vae_file, t
     out = tmp_path / "a"
     log, checkpoint = trained(out, "--steps", 4, "--save-every", 2, script=sample_ldm)
     files = sorted(p.name for p in out.iterdir())
-    assert files == ["checkpoint.pt", "curves.png", "log.csv", "samples-000002.png", "samples-000004.png"]
+    assert files == ["checkpoint.pt", "log.csv", "samples-000002.png", "samples-000004.png"]
     assert Image.open(out / "samples-000004.png").size == (8 * 130 - 2, 2 * 130 - 2)
     assert_same_weights(checkpoint["vae"]["model"], load_checkpoint(vae_file)["ema"])
     assert checkpoint["vae"]["config"] == load_checkpoint(vae_file)["config"]
-    for name in ("loss", "grad_norm", "lr", "encode_share", "val_loss", "images_per_second"):
+    for name in ("loss", "grad_norm", "lr", "val_loss", "images_per_second"):
         assert math.isfinite(float(log[-1][name])), name
     assert 0.5 < float(log[0]["loss"]) < 2  # an untrained network's is 1
 
