@@ -2987,3 +2987,61 @@ def test_recon_on_cuda_has_the_numbers_of_the_cpu(folder, vae_file, inception_fi
 
     for name in ("n", "psnr", "ssim", "lpips", "rfid"):
         assert found[name] == pytest.approx(expected[name], rel=1e-2 if name == "rfid" else 1e-3), name
+
+
+# --- Slow: python -m pytest -m slow -s -------------------------------------------------------------------
+
+
+def shapes(seed, count):
+    """Built-in shapes of 64x64, reduced to (count, 3, 32, 32) in [-1, 1], and their classes, (count,)."""
+    images, labels = zip(*map(train.Shapes(64, seed).__getitem__, range(count)))
+    return F.avg_pool2d(torch.stack(images) / 127.5 - 1, 2), torch.tensor(labels)
+
+
+def train_classifier():
+    """A network that names at least 99 % of new shapes, and the share that it names."""
+    (known, labels), (new, new_labels) = shapes(2**32 - 1, 4096), shapes(2**32 - 2, 512)  # no run trains on these seeds
+    layers, width = [], 3
+    for channels in (32, 64, 128, 128):
+        layers += [nn.Conv2d(width, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+        width = channels
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, len(train.SHAPES)))
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    for step in range(5000):
+        rows = torch.randint(len(known), (64,))
+        # A shape that is turned, mirrored or in other colours keeps its name.
+        x = known[rows].rot90(step % 4, (2, 3))[:, torch.randperm(3)]
+        loss = F.cross_entropy(network(x.flip(-1) if step % 8 < 4 else x), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99:
+            network.eval()
+            right = share_named(network, new, new_labels)
+            if right >= 0.99:
+                return network, right
+            network.train()
+    pytest.fail(f"the classifier names {right:.1%} of new shapes")
+
+
+@torch.no_grad()
+def share_named(network, images, labels):
+    return (network(images).argmax(dim=1) == labels).float().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_samples_of_the_quick_start_show_their_class(seed, request, tmp_path):
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("takes minutes: run it with -m slow")
+    ldm = tmp_path / "checkpoint.pt"
+    assert run(sample_ldm, "train", "--seed", seed, "--out", tmp_path) == 0
+    assert run(sample_ldm, "sample", "--ldm", ldm, "-n", 256) == 0
+    samples = [train.as_tensor(np.asarray(train.open_rgb(file))) for file in sorted((tmp_path / "samples" / "images").iterdir())]
+
+    network, right = train_classifier()
+    named = share_named(network, F.avg_pool2d(torch.stack(samples) / 127.5 - 1, 2), torch.arange(256) % 8)
+
+    print(f"seed {seed}: a classifier that names {right:.1%} of new shapes names {named:.1%} of 256 samples as asked for")
+    assert named >= 0.85
