@@ -1863,113 +1863,43 @@ def test_ldl_the_adaptive_weight_and_the_ratio_by_hand(tmp_path, monkeypatch):
 
 # --- sample_ldm.py: diffusion and its samplers --------------------------------------------------------
 
-
-def gaussian_denoiser(mean, cov):
-    """The ideal denoiser of N(mean, cov): E[x | x + sigma n] = mean + cov (cov + sigma^2)^-1 (y - mean)."""
-    def denoise(y, sigma):
-        gain = cov @ torch.linalg.inv(cov + sigma[0] ** 2 * torch.eye(len(cov), dtype=cov.dtype))
-        return mean + (y - mean) @ gain.T
-    return denoise
-
-
 MEAN, COV = torch.tensor([0.5, -1.0], dtype=torch.float64), torch.tensor([[0.8, 0.6], [0.6, 1.3]], dtype=torch.float64)
 
 
-def test_preconditioning_at_the_limits_and_at_unit_variance():
-    edges = torch.tensor([1e-9, 1e9], dtype=torch.float64)
-    c_skip, c_out, c_in, c_noise = sample_ldm.preconditioning(edges)
-    for value, limits in ((c_skip, [1.0, 0.0]), (c_out, [0.0, 1.0]), (c_in * edges, [0.0, 1.0])):
-        assert torch.allclose(value, torch.tensor(limits).double())
-    assert torch.allclose(c_noise, edges.log() / 4)
-    for data in (1.0, 0.5):  # for data of that deviation, EDM's requirements: inputs and targets of variance 1
-        sigma = torch.logspace(-3, 3, 13, dtype=torch.float64)
-        c_skip, c_out, c_in, _ = sample_ldm.preconditioning(sigma, data)
-        assert torch.allclose(c_in**2 * (data**2 + sigma**2), torch.ones(13).double())
-        target = ((1 - c_skip) ** 2 * data**2 + c_skip**2 * sigma**2) / c_out**2  # of (x - c_skip y) / c_out
-        assert torch.allclose(target, torch.ones(13).double())
-        assert (c_skip < 1).all() and torch.allclose(c_skip, data**2 / (sigma**2 + data**2))
+def gaussian_denoiser(y, sigma):
+    """The ideal denoiser of N(MEAN, COV): E[x | x + sigma n = y] = MEAN + COV (COV + sigma^2)^-1 (y - MEAN)."""
+    gain = COV @ torch.linalg.inv(COV + sigma[0] ** 2 * torch.eye(2).double())
+    return MEAN + (y - MEAN) @ gain.T
 
 
 def test_denoiser_puts_the_network_between_its_scales():
-    seen = []
+    x, sigma, seen = torch.randn(3, 2, 4, 4), torch.tensor([0.1, 1.0, 10.0]), []
 
-    def net(x, c_noise, label):
-        seen.append((x, c_noise, label))
-        return x.square()
-    x, sigma = torch.randn(3, 2, 4, 4), torch.tensor([0.1, 1.0, 10.0])
-    out = sample_ldm.Denoiser(net)(x, sigma, "label")
+    out = sample_ldm.Denoiser(lambda *how: seen.append(how) or how[0].square())(x, sigma, "label")
+
+    [(given, c_noise, label)] = seen
+    assert label == "label"
     for i, s in enumerate(sigma.tolist()):
         c_in = 1 / math.sqrt(s * s + 1)
-        assert torch.allclose(seen[0][0][i], c_in * x[i]) and seen[0][1][i].item() == pytest.approx(math.log(s) / 4)
+        assert torch.allclose(given[i], c_in * x[i]) and c_noise[i].item() == pytest.approx(math.log(s) / 4)
         assert torch.allclose(out[i], x[i] / (s * s + 1) + s * c_in * (c_in * x[i]) ** 2, atol=1e-5)
-    assert seen[0][2] == "label"
 
 
-def test_loss_of_perfect_denoisers():
-    loss, x, noise = sample_ldm.diffusion_loss, *torch.randn(2, 200_000, 1, dtype=torch.float64)
-    for s in (0.1, 1.0, 7.0):
-        sigma = torch.full((len(x),), s, dtype=torch.float64)
-        for std in (1.0, 0.3):  # of N(0, std^2): the posterior's variance std^2 s^2 / (std^2 + s^2), times lambda
-            ideal = lambda y, sigma, label: std**2 / (std**2 + s**2) * y  # noqa: E731, B023
-            expected = std**2 * (s**2 + 1) / (std**2 + s**2)
-            assert loss(ideal, std * x, sigma, noise).item() == pytest.approx(expected, rel=0.01)
-        untrained = sample_ldm.Denoiser(lambda x, c_noise, label: torch.zeros_like(x))
-        assert loss(untrained, x, sigma, noise).item() == pytest.approx(1.0, rel=0.01)
-    point = torch.full((5, 2, 3, 3), 0.7)
-    assert loss(lambda y, sigma, label: point, point, torch.rand(5) + 0.1, torch.randn(5, 2, 3, 3)) == 0
-
-
-def test_noise_levels_are_log_normal_and_the_schedule_is_edms():
-    levels = sample_ldm.noise_levels(torch.tensor([0.0, 1.0, -2.0]), -1.2, 0.5)
-    assert levels.log().tolist() == pytest.approx([-1.2, -0.7, -2.2])
+def test_the_schedule_is_edms():
     sigmas = sample_ldm.sigma_schedule(18)
+
     for i in range(18):  # EDM Eq. 5, from 80 to 0.002 at a std of the data of 0.5, twice that at 1
         assert sigmas[i] == pytest.approx(2 * (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
     assert len(sigmas) == 19 and sigmas[18] == 0 and sample_ldm.sigma_schedule(1) == [pytest.approx(160), 0.0]
 
 
-def test_samples_of_gaussian_data_have_its_mean_and_covariance():
-    sigmas, denoise = sample_ldm.sigma_schedule(200), gaussian_denoiser(MEAN, COV)
-    # The ideal denoiser is affine, so all of Algorithm 1 is: three samples give its map, without any chance.
-    corners = torch.tensor([[0.0, 0], [1, 0], [0, 1]], dtype=torch.float64)
-    start, *ends = sample_ldm.heun_sampler(denoise, corners, sigmas)
-    A = torch.stack([end - start for end in ends], dim=1)
-    assert (start - MEAN).abs().max() < 0.02 and (160**2 * A @ A.T - COV).abs().max() < 0.003
-    x = 160 * torch.randn(100_000, 2, dtype=torch.float64)
-    out = sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x), churn=40)
-    assert (out.mean(0) - MEAN).abs().max() < 0.02 and (out.T.cov() - COV).abs().max() < 0.03
-
-
-def test_heun_converges_at_second_order_to_the_exact_solution():
-    values, vectors = torch.linalg.eigh(COV)
-    x = 5 * torch.randn(50, 2, dtype=torch.float64)
-
-    def error(steps):
-        sigmas = sample_ldm.sigma_schedule(steps, sigma_min=0.1, sigma_max=5.0)[:-1]  # not the last, which is Euler's
-        out = sample_ldm.heun_sampler(gaussian_denoiser(MEAN, COV), x, sigmas)
-        shrink = ((values + 0.1**2) / (values + 5.0**2)).sqrt()  # along each eigenvector, the ODE in closed form
-        exact = MEAN + (x - MEAN) @ vectors @ shrink.diag() @ vectors.T
-        return (out - exact).abs().max().item()
-    errors = [error(n) for n in (33, 65, 129)]
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 18])
-def test_a_point_mass_is_reached_exactly_in_2n_minus_1_evaluations(steps):
-    point, sigmas, calls = torch.randn(1, 2, 4, 4, dtype=torch.float64), sample_ldm.sigma_schedule(steps), []
-    x = sigmas[0] * torch.randn(3, 2, 4, 4, dtype=torch.float64)
-    denoise = lambda y, sigma: calls.append(sigma) or point.expand_as(y)  # noqa: E731
-    assert (sample_ldm.heun_sampler(denoise, x, sigmas) - point).abs().max() < 1e-12
-    assert len(calls) == 2 * steps - 1 and all(sigma.shape == (3,) for sigma in calls)
-    assert (sample_ldm.stochastic_sampler(denoise, x, sigmas, lambda: torch.randn_like(x)) - point).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("S_churn", [3.0, 40.0], ids=["below the cap", "at the cap"])
-def test_stochastic_sampler_equals_algorithm_2_as_a_loop(S_churn):
-    N, sigmas = 12, sample_ldm.sigma_schedule(12)
+@pytest.mark.parametrize("options", [(3.0, 0.02, 10.0, 1.1), (40.0, 0.02, 10.0, 1.1), ()],
+                         ids=["below the cap", "at the cap", "the defaults"])
+def test_stochastic_sampler_equals_algorithm_2_as_a_loop(options):
+    N, D, sigmas = 12, gaussian_denoiser, sample_ldm.sigma_schedule(12)
     x0 = sigmas[0] * torch.randn(6, 2, dtype=torch.float64)
     noise = [torch.randn(6, 2, dtype=torch.float64) for _ in range(N)]
-    D, S_tmin, S_tmax, S_noise = gaussian_denoiser(MEAN, COV), 0.05, 10.0, 1.1
+    S_churn, S_tmin, S_tmax, S_noise = options or (40.0, 0.1, 100.0, 1.003)  # EDM's for ImageNet, at std 1
 
     x, used = x0, iter(noise)
     for i in range(N):  # EDM, Algorithm 2, line by line
@@ -1982,19 +1912,20 @@ def test_stochastic_sampler_equals_algorithm_2_as_a_loop(S_churn):
         if t_next != 0:
             x = x_hat + (t_next - t_hat) * (d + (x - D(x, [t_next])) / t_next) / 2
     randn = iter(noise)
-    out = sample_ldm.stochastic_sampler(D, x0, sigmas, lambda: next(randn), S_churn, S_tmin, S_tmax, S_noise)
+    out = sample_ldm.stochastic_sampler(D, x0, sigmas, lambda: next(randn), *options)
+
     assert (out - x).abs().max() < 1e-12
-    assert 0 < len(list(randn)) < N  # new noise inside the range alone
     plain = sample_ldm.stochastic_sampler(D, x0, sigmas, None, churn=0.0)
-    assert torch.equal(plain, sample_ldm.heun_sampler(D, x0, sigmas)) and not torch.allclose(plain, out)
+    assert torch.equal(plain, sample_ldm.heun_sampler(D, x0, sigmas))
 
 
-def test_guidance_goes_along_the_line_from_no_label_to_the_label():
+def test_guidance_goes_from_no_label_towards_the_label():
     unet = randomise(sample_ldm.UNet(2, 32, (1,), 1, (), classes=3))
     denoiser, x, sigma = sample_ldm.Denoiser(unet), torch.randn(4, 2, 3, 3), torch.rand(4) + 0.5
     label = torch.tensor([0, 1, 2, 0])
-    conditional, none = denoiser(x, sigma, label), denoiser(x, sigma)
-    assert torch.equal(none, denoiser(x, sigma, torch.full((4,), 3)))
+
+    conditional, none = denoiser(x, sigma, label), denoiser(x, sigma, torch.full((4,), 3))
+
     assert not torch.allclose(none, conditional, atol=1e-3)
     for w in (0.0, 1.0, 3.0):
         out = sample_ldm.guided(denoiser, label, w)(x, sigma)
@@ -2007,7 +1938,7 @@ def test_guidance_goes_along_the_line_from_no_label_to_the_label():
 def diffusers_unet_names(unet):
     """{our module: diffusers' module}"""
     names = {"embed.0": "time_embedding.linear_1", "embed.2": "time_embedding.linear_2", "conv_in": "conv_in",
-             "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+             "norm_out": "conv_norm_out", "conv_out": "conv_out", "label_embed": "class_embedding"}
     parts = {"norm_in": "resnets.{}.norm1", "conv_in": "resnets.{}.conv1", "embed": "resnets.{}.time_emb_proj",
              "norm_out": "resnets.{}.norm2", "conv_out": "resnets.{}.conv2",
              "skip_connection": "resnets.{}.conv_shortcut", "attention.norm": "attentions.{}.group_norm",
@@ -2029,12 +1960,12 @@ def diffusers_unet_names(unet):
 
 @pytest.mark.parametrize("scale_shift", [False, True], ids=["LDM's", "ADM's"])
 def test_unet_equals_diffusers_with_the_same_weights(scale_shift):
-    ours = randomise(sample_ldm.UNet(4, 32, (1, 2, 3), 2, (1, 2), scale_shift), 0.05).eval()
+    ours = randomise(sample_ldm.UNet(4, 32, (1, 2, 3), 2, (1, 2), scale_shift, classes=2), 0.05).eval()
     theirs = diffusers.UNet2DModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(32, 64, 96),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), attention_head_dim=32, norm_eps=1e-6,
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attn_norm_num_groups=32, resnet_time_scale_shift="scale_shift" if scale_shift else "default").eval()
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attn_norm_num_groups=32, num_class_embeds=3,
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default").eval()
     state, names = {}, diffusers_unet_names(ours)
     for name, tensor in ours.state_dict().items():
         module, kind = name.rsplit(".", 1)
@@ -2045,185 +1976,117 @@ def test_unet_equals_diffusers_with_the_same_weights(scale_shift):
             state[f"{names[module]}.{kind}"] = tensor.squeeze() if module.endswith("proj_out") else tensor
     theirs.load_state_dict(state)  # strict
     x, c_noise = torch.randn(2, 4, 16, 16), torch.tensor([-1.2, 0.7])
-    assert torch.allclose(ours(x, c_noise), theirs(x, 100 * c_noise).sample, atol=2e-5)
+
+    for label, known_as in ((torch.tensor([1, 0]), [1, 0]), (None, [2, 2])):
+        expected = theirs(x, 100 * c_noise, torch.tensor(known_as)).sample
+        assert torch.allclose(ours(x, c_noise, label), expected, atol=2e-5)
 
 
-def test_sizes_of_the_presets():
+def test_presets_have_the_papers_and_the_stated_parameters():
     with torch.device("meta"):
-        size = lambda name, nz: count(sample_ldm.UNet(nz, **sample_ldm.PRESETS[name]))  # noqa: E731
-        assert size("ldm", 3) == 274_056_163  # that of the released CelebA-HQ model; LDM's Table 12: 274 M
-        assert size("ldm", 4) == 274_060_196 and size("small", 4) == 45_214_980 and size("quick", 12) == 720_828
+        sizes = {name: count(sample_ldm.UNet(12 if name == "quick" else 4, **preset))
+                 for name, preset in sample_ldm.PRESETS.items()}
+
+    assert sizes == {"quick": 720_828, "small": 45_214_980, "ldm": 274_060_196}  # LDM's Table 12: 274 M
 
 
-def test_diffusion_sections_run_when_copied_out_with_torch_alone():
-    text = Path(sample_ldm.__file__).read_text()
-    sections = text[text.index("# --- 1  Diffusion"):text.index("# --- 4  The step")]
-    parts = litevae.group_norm, litevae.GroupNorm, litevae.upsample, litevae.autocast_off, litevae.Config
-    shared = "\n".join(map(inspect.getsource, parts))
-    space = {"math": math, "functools": functools, "torch": torch, "nn": nn, "F": F}
-    exec(shared + "\n" + sections, space)
-    denoiser = space["Denoiser"](space["UNet"](4, 32, (1, 2), 1, (1,), classes=2))
-    sigmas, label = space["sigma_schedule"](4), torch.tensor([0, 1])
-    out = space["heun_sampler"](space["guided"](denoiser, label, 2.0), sigmas[0] * torch.randn(2, 4, 4, 4), sigmas)
-    assert out.shape == (2, 4, 4, 4) and out.isfinite().all()
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 12)])
-def test_unet_takes_any_size_and_starts_at_zero(size):
+@pytest.mark.parametrize("size", [(1, 1), (5, 7)])
+def test_unet_takes_odd_sizes_and_starts_at_zero(size):
     unet = sample_ldm.UNet(3, 32, (1, 2), 1, (1,), classes=2)
-    x, label = torch.randn(2, 3, *size), torch.tensor([0, 1])
-    assert unet(x, torch.randn(2), label).abs().max() == 0
-    out = randomise(unet)(x, torch.randn(2), label)
-    assert out.shape == x.shape
-    out.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
-    assert unet.label_embed.weight.grad[2].abs().max() == 0 < unet.label_embed.weight.grad[:2].abs().amax(1).min()
+
+    assert torch.equal(unet(torch.randn(2, 3, *size), torch.randn(2), torch.tensor([0, 1])), torch.zeros(2, 3, *size))
 
 
-def test_noise_level_reaches_the_network_as_sinusoids():
-    e = sample_ldm.noise_embedding(torch.tensor([-0.3, 1.0]), 8)
-    for row, c in zip(e.tolist(), (-0.3, 1.0)):
-        angles = [100 * c * 10_000 ** (-i / 4) for i in range(4)]
-        assert row == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-5)
+def test_diffusion_sections_run_when_copied_out():
+    text = Path(sample_ldm.__file__).read_text()
+    space = {"math": math, "functools": functools, "torch": torch, "nn": nn, "F": F}
+    parts = litevae.group_norm, litevae.GroupNorm, litevae.upsample, litevae.autocast_off, litevae.Config
+    exec("\n".join(map(inspect.getsource, parts)), space)
+    exec(text[text.index("# --- 1  Diffusion"):text.index("# --- 4  The step")], space)
+    denoiser, noise = space["Denoiser"](space["UNet"](4, 32, (1, 2), 1, (1,), classes=2)), torch.randn(2, 4, 4, 4)
+
+    out = space["heun_sampler"](space["guided"](denoiser, torch.tensor([0, 1]), 2.0), noise, [1.0, 0.0])
+
+    assert torch.allclose(out, noise / 2)  # c_skip at sigma 1, for the network starts at zero
 
 
-def test_latents_are_scaled_by_one_number_and_come_back(vae_file):
-    vae = LiteVAE.from_checkpoint(vae_file)
-    vae.config.scaling_factor = 3.5
-    x = torch.rand(4, 3, 16, 16) * 2 - 1
-    d = vae.encode(x).latent_dist
-    mean, std = sample_ldm.encode(vae, x)
-    assert torch.allclose(mean, 3.5 * d.mean) and torch.allclose(std, 3.5 * d.std)
-    assert torch.allclose(sample_ldm.decode(vae, mean), vae.decode(d.mean).sample, atol=1e-5)
-
-
-def test_cached_latents_are_encodings_of_images_and_of_flipped_images(tmp_path, vae_file, monkeypatch):
-    machine, vae = train.Machine("cpu", "fp32"), LiteVAE.from_checkpoint(vae_file)
+def test_cached_latents_are_those_of_images_and_flipped_ones(tmp_path, vae_file):
     rng = np.random.default_rng(0)
     for i in range(5):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    (tmp_path / "4.png").rename(tmp_path / os.fsdecode(b"4\xff.png"))  # a name that is not UTF-8
-    (tmp_path / "9.png").write_text("broken")
-    images = train.ImageFolder(train.find_images(tmp_path), 16, augment=False, labels=[3, 1, 4, 1, 5, 9])
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_text("broken")  # image 0 takes its place
+    machine, vae, files = train.Machine("cpu", "fp32"), LiteVAE.from_checkpoint(vae_file), train.find_images(tmp_path)
+    images = train.ImageFolder(files, 16, seed=3, labels=[3, 1, 4, 1, 5, 9])
     args = argparse.Namespace(data=tmp_path, resolution=16, batch_size=4, workers=0, seed=3)
+
     cached = sample_ldm.CachedLatents(images, vae, args, machine)
-    x = machine.images(torch.stack([images[i][0] for i in range(6)]))
-    plain, flipped = [torch.stack(sample_ldm.encode(vae, a), 1) for a in (x, x.flip(-1))]  # (6, 2, 4, 2, 2)
-    assert (flipped - plain.flip(-1)).abs().max() > 0.05  # which is why it is the images that are flipped
-    found = []
-    for position in range(60):
-        moments, label = cached[position]
-        distance = torch.stack([(a - moments.float()).abs().amax((1, 2, 3, 4)) for a in (plain, flipped)])  # (2, 6)
-        flip, index = divmod(int(distance.argmin()), 6)
-        assert distance.min() < 2e-3 and label == images[index][1] and torch.equal(cached[position][0], moments)
-        found.append((index, flip))
-    assert [images[i][1] for i in range(6)] == [3, 1, 4, 1, 5, 3]  # the broken one's is its neighbour's
-    for epoch in range(10):  # each file once an epoch; the broken one's place is its neighbour's
-        assert sorted(index % 5 for index, _ in found[6 * epoch:6 * epoch + 6]) == [0, 0, 1, 2, 3, 4]
-    assert 10 < sum(flip for _, flip in found) < 50
-    assert len({tuple(index for index, _ in found[6 * e:6 * e + 6]) for e in range(10)}) > 8  # shuffled anew
 
-
-def test_a_tiny_model_learns_two_clusters():
-    """Constant latents of +1 and -1: samples fall on either, half of them each, or on the one that is asked for."""
-    torch.manual_seed(1)
-    denoiser = sample_ldm.Denoiser(sample_ldm.UNet(1, 32, (1,), 1, (), classes=2))
-    ema, optimizer = train.EMA(denoiser, 0.98), torch.optim.Adam(denoiser.parameters(), 3e-3)
-    for _ in range(300):
-        label = torch.randint(0, 2, (64,))
-        x = (2.0 * label - 1).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-        sigma = sample_ldm.noise_levels(torch.randn(64), 0.0, 1.2)
-        kept = torch.where(torch.rand(64) < 0.2, 2, label)
-        loss = sample_ldm.diffusion_loss(denoiser, x, sigma, torch.randn(64, 1, 2, 2), kept)
-        train.update([optimizer], [train.backward(loss, denoiser, optimizer, 1.0)], 3e-3)
-        ema.update(denoiser)
-    sigmas, noise, wanted = sample_ldm.sigma_schedule(12), torch.randn(200, 1, 2, 2), torch.arange(200) % 2
-    with torch.no_grad():
-        out = sample_ldm.heun_sampler(sample_ldm.guided(ema.model), sigmas[0] * noise, sigmas)
-        assert ((out.abs() - 1).abs().amax((1, 2, 3)) < 0.25).float().mean() > 0.8
-        assert 0.3 < (out.mean((1, 2, 3)) > 0).float().mean() < 0.7
-        for guidance in (1.0, 1.5):
-            out = sample_ldm.heun_sampler(sample_ldm.guided(ema.model, wanted, guidance), sigmas[0] * noise, sigmas)
-            assert ((out.mean((1, 2, 3)) > 0) == (wanted == 1)).float().mean() > 0.97
+    x = machine.images(torch.stack([load_square(file, 16) for file in files[:5]]))
+    views = torch.stack([torch.stack(sample_ldm.encode(vae, a), 1) for a in (x, x.flip(-1))])  # (2, 5, 2, 4, 2, 2)
+    epochs, seen = [], set()
+    for epoch in range(10):
+        found = []
+        for moments, label in (cached[6 * epoch + i] for i in range(6)):
+            distance = (views - moments.float()).abs().amax((2, 3, 4, 5))
+            flip, index = divmod(int(distance.argmin()), 5)
+            assert distance.min() < 2e-3 and label == images.labels[index]
+            found.append(index)
+            seen.add((index, flip))
+        assert sorted(found) == [0, 0, 1, 2, 3, 4]
+        epochs.append(tuple(found))
+    assert len(set(epochs)) > 8  # shuffled anew
+    assert len(seen) == 10  # no image keeps one flip for ever
 
 
 # --- sample_ldm.py: whole runs ------------------------------------------------------------------------
 
-def test_a_diffusion_run_leaves_checkpoint_log_and_samples(tmp_path, vae_file, tiny_ldm):
-    out = tmp_path / "a"
-    log, checkpoint = trained(out, "--steps", 4, "--save-every", 2, script=sample_ldm)
-    files = sorted(p.name for p in out.iterdir())
-    assert files == ["checkpoint.pt", "log.csv", "samples-000002.png", "samples-000004.png"]
-    assert Image.open(out / "samples-000004.png").size == (8 * 130 - 2, 2 * 130 - 2)
-    assert_same_weights(checkpoint["vae"]["model"], load_checkpoint(vae_file)["ema"])
-    assert checkpoint["vae"]["config"] == load_checkpoint(vae_file)["config"]
-    for name in ("loss", "grad_norm", "lr", "val_loss", "images_per_second"):
-        assert math.isfinite(float(log[-1][name])), name
-    assert 0.5 < float(log[0]["loss"]) < 2  # an untrained network's is 1
-
-
-@pytest.mark.parametrize("build", [
-    lambda: small_vae(latent_dim=1), lambda: small_vae(latent_dim=12, output_type="wavelet"),
-    lambda: small_variant(aggregator="vit", resolution=24)])
-def test_diffusion_takes_any_latent_and_the_resolution_of_the_autoencoder(build, tmp_path, tiny_ldm):
-    save_checkpoint(tmp_path / "vae.pt", build(), args={"resolution": 24})
-    options = [o for o in TINY[sample_ldm] if o not in ("--resolution", "16")]
-    assert run(sample_ldm, *options, "--vae", tmp_path / "vae.pt", "--steps", 1, "--out", tmp_path / "a") == 0
-    (image,) = draw_samples(tmp_path / "a" / "checkpoint.pt", tmp_path / "s", "-n", 1)
-    assert image.shape == (24, 24, 3)
-
 
 def test_a_diffusion_run_equals_edm_written_out(tmp_path, vae_file, class_folder, tiny_ldm, monkeypatch):
     """Six steps on the latents of two classes in which every option has an unusual value."""
+    monkeypatch.setattr(train, "HELD_OUT", 6)  # a batch of four and one of two
     drawn, draw = [], sample_ldm.draw
     monkeypatch.setattr(sample_ldm, "draw", lambda denoiser, *args, **how: drawn.append(
         (copy.deepcopy(denoiser.state_dict()), how)) or draw(denoiser, *args, **how))
     options = UNUSUAL | {"noise_mean": 0.7, "noise_std": 0.4, "class_dropout": 0.3}
     log, checkpoint = trained(tmp_path / "a", *typed(options), "--data", class_folder, "--val", class_folder,
                               "--class-cond", script=sample_ldm)
+
     files = train.find_images(class_folder)
     labels = [int("red" in file.split(os.sep)) for file in files]
     images = train.ImageFolder(files, 16, seed=3, labels=labels)
-
-    def batch(step):
-        x, label = zip(*(images[4 * step + i] for i in range(4)))
-        return torch.stack(x), torch.tensor(label)
-
     torch.manual_seed(3)
     vae = LiteVAE.from_checkpoint(vae_file)
     denoiser = sample_ldm.Denoiser(sample_ldm.UNet(4, **sample_ldm.PRESETS["quick"], classes=2)).train()
     start, ema = copy.deepcopy(denoiser.state_dict()), copy.deepcopy(denoiser)
-    adam = torch.optim.Adam(denoiser.parameters(), betas=(0.3, 0.7))
-    factor = vae.config.scaling_factor
-    assert abs(factor - 1) > 0.1
+    adam, factor = torch.optim.Adam(denoiser.parameters(), betas=(0.3, 0.7)), 0.5  # that of the file
     for step, row in enumerate(log):
-        x, label = batch(step)
+        x, label = zip(*(images[4 * step + i] for i in range(4)))
         with torch.no_grad():
-            q = vae.encode(x / 127.5 - 1).latent_dist
+            q = vae.encode(torch.stack(x) / 127.5 - 1).latent_dist
         torch.manual_seed(3 * 1_000_003 + step)
         z = (q.mean + q.std * torch.randn(4, 4, 2, 2)) * factor
-        label = torch.where(torch.special.ndtr(torch.randn(4)) < 0.3, 2, label)
+        label = torch.where(torch.special.ndtr(torch.randn(4)) < 0.3, 2, torch.tensor(label))
         sigma, noise = torch.exp(0.7 + 0.4 * torch.randn(4)).view(-1, 1, 1, 1), torch.randn(4, 4, 2, 2)
         c_skip, c_out = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt()
         y = z + sigma * noise
         D = c_skip * y + c_out * denoiser.net(y / (sigma**2 + 1).sqrt(), sigma.flatten().log() / 4, label)
         loss = ((D - z).square() / c_out**2).mean()
-        assert float(row["loss"]) == pytest.approx(loss.item(), rel=2e-3), step
         norm = written_out(loss, denoiser, adam, step)
+        follow(ema, denoiser, step)
+        assert float(row["loss"]) == pytest.approx(loss.item(), rel=2e-3), step
         assert float(row["grad_norm"]) == pytest.approx(norm.item(), rel=1e-2), step
         assert float(row["lr"]) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-4)
-        follow(ema, denoiser, step)
     last = "net.conv_out"  # gradients of deeper layers begin at 0, where Adam magnifies rounding
     assert gap(checkpoint["model"], denoiser, start, last) < 1e-3 and gap(checkpoint["ema"], ema, start, last) < 1e-3
+    assert_same_weights(checkpoint["vae"]["model"], load_checkpoint(vae_file)["ema"])
 
-    # The report: EMA weights, scaled means, one noise level for each of eight held-out images of both classes.
-    plain = train.ImageFolder(files, 16, augment=False, labels=labels)
-    x, label = zip(*[plain[i * 12 // 8] for i in range(8)])
-    sigma = torch.exp(0.7 + 0.4 * torch.special.ndtri((torch.arange(8) + 0.5) / 8))
-    noise = sample_ldm.ImageNoise(0, range(8))((4, 2, 2))
+    # The report: EMA weights, scaled means, one noise level for each of six held-out images of both classes.
+    x = torch.stack([load_square(file, 16) for file in files[::2]]) / 127.5 - 1
+    sigma = torch.exp(0.7 + 0.4 * torch.special.ndtri((torch.arange(6) + 0.5) / 6))
+    noise = sample_ldm.ImageNoise(0, range(6))((4, 2, 2))
     with torch.no_grad():
-        z = vae.encode(torch.stack(x) / 127.5 - 1).latent_dist.mean * factor
-        loss = sample_ldm.diffusion_loss(ema.eval(), z, sigma, noise, torch.tensor(label))
+        z = vae.encode(x).latent_dist.mean * factor
+        loss = sample_ldm.diffusion_loss(ema.eval(), z, sigma, noise, torch.tensor(labels[::2]))
     assert float(log[-1]["val_loss"]) == pytest.approx(loss.item(), rel=1e-4)
     [(weights, how)] = drawn
     assert_same_weights(weights, checkpoint["ema"])
@@ -2245,57 +2108,47 @@ def near(a, b, most=1):
     return len(a) == len(b) and all(np.abs(x - y).max() <= most for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("churn", [[], ["--churn", 40]], ids=["Heun", "stochastic"])
-def test_a_seed_gives_the_same_pictures_whatever_the_batch_size_and_number(churn, ldm_file, tmp_path):
-    a = draw_samples(ldm_file, tmp_path / "a", "-n", 5, *churn)
-    assert len(a) == 5 and all(x.shape == (32, 32, 3) for x in a)
-    assert near(a, draw_samples(ldm_file, tmp_path / "again", "-n", 5, *churn), most=0)
-    assert near(a, draw_samples(ldm_file, tmp_path / "one by one", "-n", 5, "--batch-size", 1, *churn))
-    assert near(a[:3], draw_samples(ldm_file, tmp_path / "fewer", "-n", 3, "--batch-size", 2, *churn))
-    other = draw_samples(ldm_file, tmp_path / "other", "-n", 5, "--seed", 1, *churn)
-    assert all(np.abs(x - y).mean() > 2 for x, y in zip(a, other)) and np.abs(a[0] - a[2]).mean() > 2
+SAMPLED = {  # options, weights, size, number of images, seed, steps, classes, guidance, churn
+    "Heun": ("--guidance 2 --size 16x40 --precision bf16", "ema", (2, 5), 3, 0, 3, [0, 1, 0], 2.0, 0.0),
+    "stochastic": ("--batch-size 3 --raw-weights --class dog cat --seed 7 --churn 30 --steps 5", "model", (4, 4), 5,
+                   7, 5, [1, 0, 1, 0, 1], 1.5, 30.0)}
 
 
-def test_samples_are_what_the_samplers_and_the_decoder_make_of_the_noise(ldm_file, tmp_path):
-    a = draw_samples(ldm_file, tmp_path / "a", "-n", 3, "--guidance", 2, "--size", "16x40")
-    checkpoint = sample_ldm.load_ldm(ldm_file)
-    denoiser, vae = sample_ldm.build(checkpoint)
-    assert all(torch.equal(checkpoint["ema"][k], v) for k, v in denoiser.state_dict().items())
-    sigmas, label = sample_ldm.sigma_schedule(3), torch.tensor([0, 1, 0])  # classes take turns
-    noise = sample_ldm.ImageNoise(0, range(3))((4, 2, 5))
-    with torch.no_grad():
-        x = sample_ldm.heun_sampler(sample_ldm.guided(denoiser, label, 2.0), sigmas[0] * noise, sigmas)
-        images = train.to_pixels(vae.decode(x / vae.config.scaling_factor).sample) * 255
-    for picture, image in zip(a, images):
-        assert picture.shape == (16, 40, 3) and np.abs(picture - image.permute(1, 2, 0).numpy()).max() <= 1
-    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
-    assert grid.shape == (128 // 40 * 16, 3 * (120 + 2) - 2, 3) and (grid[::3, :120:3] == a[0]).all()
+@pytest.mark.parametrize("case", SAMPLED)
+def test_samples_are_what_the_sampler_makes_of_the_noise(case, ldm_file, tmp_path):
+    options, weights, size, n, seed, steps, label, guidance, churn = SAMPLED[case]
+    denoiser, vae = sample_ldm.build(sample_ldm.load_ldm(ldm_file), ema=weights == "ema")
+    sigmas, noise = sample_ldm.sigma_schedule(steps), sample_ldm.ImageNoise(seed, range(n))
+    assert_same_weights(denoiser.state_dict(), torch.load(ldm_file)[weights])
+
+    found = draw_samples(ldm_file, tmp_path / "a", "-n", n, *options.split())
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options):
+        denoise, randn = sample_ldm.guided(denoiser, torch.tensor(label), guidance), lambda: noise((4, *size))
+        x = sample_ldm.stochastic_sampler(denoise, sigmas[0] * randn(), sigmas, randn, churn)
+        images = train.to_pixels(vae.decode(x / 0.5).sample) * 255
+    assert near(found, [image.permute(1, 2, 0).numpy() for image in images])
+    grid, zoom, width = np.asarray(Image.open(tmp_path / "a" / "grid.png")), 128 // (8 * size[1]), 8 * size[1]
+    assert grid.shape[1] == n * (zoom * width + 2) - 2 and (grid[::zoom, :zoom * width:zoom] == found[0]).all()
 
 
-def test_options_of_sampling_change_the_pictures(ldm_file, tmp_path):
-    plain = draw_samples(ldm_file, tmp_path / "plain", "-n", 2, "--class", "dog")
-    for options in ("--raw-weights", "--class cat", "--guidance 4", "--churn 40", "--steps 5", "--precision bf16"):
-        changed = draw_samples(ldm_file, tmp_path / options, "-n", 2, "--class", "dog", *options.split())
-        assert all(np.abs(x - y).max() > 1 for x, y in zip(plain, changed)), options
-    mixed = draw_samples(ldm_file, tmp_path / "mixed", "-n", 2)  # cat, dog
-    assert (mixed[1] == plain[1]).all() and (mixed[0] != plain[0]).any()
-    assert near(plain, draw_samples(ldm_file, tmp_path / "same", "-n", 2, "--class", "dog", "--churn", 0), most=0)
+def test_samples_lie_beside_the_checkpoint_and_stay(ldm_file, tmp_path, capsys):
+    (tmp_path / "ldm.pt").write_bytes(ldm_file.read_bytes())  # alone: all that sampling needs
+    sample = ["sample", "--ldm", tmp_path / "ldm.pt", "-n", 3, "--steps", 2, "--device", "cpu"]
 
-
-def test_samples_are_never_overwritten_and_fid_reads_them(ldm_file, tmp_path, capsys):
-    alone = tmp_path / "ldm.pt"  # all that sampling needs
-    alone.write_bytes(ldm_file.read_bytes())
-    sample = ["sample", "--ldm", alone, "-n", 3, "--steps", 2, "--device", "cpu"]
     assert run(sample_ldm, *sample) == 0
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["grid.png", "images"]
-    assert run(sample_ldm, *sample) == 1
+    before = pixels(tmp_path / "samples" / "images")
+    assert run(sample_ldm, *sample, "--seed", 1) == 1
+
     assert "choose another --out" in capsys.readouterr().err
-    assert len(evaluation.Images(tmp_path / "samples" / "images", None)) == 3  # the grid is not among them
+    assert len(before) == 3 and near(before, pixels(tmp_path / "samples" / "images"), most=0)
 
 
 def test_samples_that_are_not_finite_are_not_written(ldm_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample_ldm, "decode", lambda vae, x: torch.full((len(x), 3, 32, 32), math.inf))
+
     assert run(sample_ldm, "sample", "--ldm", ldm_file, "-n", 2, "--steps", 2, "--out", tmp_path / "a") == 1
+
     assert "not finite" in capsys.readouterr().err and pixels(tmp_path / "a" / "images") == []
 
 
@@ -2306,24 +2159,18 @@ def test_two_processes_train_and_sample_what_one_does(tmp_path, tiny_ldm, monkey
     script = tmp_path / "tiny.py"  # sample_ldm.py with what the fixture changes
     script.write_text("import sys, sample_ldm\nsample_ldm.BUILT_IN_CACHE = 6\n"
                       f"sample_ldm.PRESETS['quick'] = {sample_ldm.PRESETS['quick']}\nsys.exit(sample_ldm.main())")
+    path = tmp_path / "one" / "checkpoint.pt"
+
     log, _ = trained(tmp_path / "one", *options, script=sample_ldm)
     torchrun(script, *TINY[sample_ldm], *options, "--out", tmp_path / "two")
-    assert len(rows(tmp_path / "two")) == 3
-    for a, b in zip(log, rows(tmp_path / "two")):
-        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-3) and b["val_loss"][:5] == a["val_loss"][:5]
-    path = tmp_path / "one" / "checkpoint.pt"
     torchrun(HERE / "sample_ldm.py", "sample", "--ldm", path, "-n", 5, "--batch-size", 2, "--steps", 3,
              "--device", "cpu", "--precision", "fp32", "--out", tmp_path / "s2")
+
+    for name in ("loss", "val_loss"):
+        expected = [pytest.approx(float(row[name] or 0), rel=1e-3) for row in log]
+        assert [float(row[name] or 0) for row in rows(tmp_path / "two")] == expected
     assert near(draw_samples(path, tmp_path / "s1", "-n", 5), pixels(tmp_path / "s2" / "images"))
-    assert len(pixels(tmp_path / "s2" / "images")) == 5 and (tmp_path / "s2" / "grid.png").exists()
-
-
-@pytest.mark.parametrize("change", [
-    {"vae": {"config": {"latent_dim": 4}, "model": {}}}])
-def test_hostile_diffusion_files_are_refused(change, ldm_file, tmp_path):
-    litevae.write_checkpoint(tmp_path / "x.pt", {**torch.load(ldm_file), **change})
-    with pytest.raises(litevae.CheckpointError):
-        sample_ldm.build(sample_ldm.load_ldm(tmp_path / "x.pt"))
+    assert near(pixels(tmp_path / "s1"), pixels(tmp_path / "s2"))  # the grid
 
 
 # --- eval.py: the metrics -----------------------------------------------------------------------------
@@ -2338,66 +2185,69 @@ def test_ssim_equals_scikit_image():
     x = torch.from_numpy(np.stack([train.dead_leaves(48, np.random.default_rng(i)) for i in range(3)]))
     x = x.permute(0, 3, 1, 2)[..., :40] / 127.5 - 1  # (3, 3, 48, 40)
     y = 1.2 * x + 0.3 * torch.randn_like(x) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)  # leaves [-1, 1]
+    flat = torch.zeros(1, 3, 16, 16)  # two flat images: only the luminance term is left
+
     for a, b, ours in zip(x, y, evaluation.ssim(y, x)):
         a, b = [((v.double() + 1) / 2).clamp(0, 1).numpy() for v in (a, b)]
         assert ours.item() == pytest.approx(skimage_ssim(a, b), abs=1e-6)
-    assert evaluation.ssim(x, x).tolist() == pytest.approx([1, 1, 1])
-    flat = torch.zeros(1, 3, 16, 16)  # two flat images: only the luminance term is left
     expected = (2 * 0.5 * 0.75 + 1e-4) / (0.5**2 + 0.75**2 + 1e-4)
     assert evaluation.ssim(flat, flat + 0.5).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_inception_equals_pytorch_fid_with_the_same_weights(inception, inception_file, monkeypatch):
+@pytest.mark.parametrize("size", [(64, 48), (330, 310)])
+def test_inception_equals_pytorch_fid(size, inception, inception_file, monkeypatch):
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url",
                         lambda *args, **kwargs: torch.load(inception_file, weights_only=True))
-    theirs = pytorch_fid.inception.InceptionV3([3]).eval()
-    for size in ((64, 48), (299, 299), (330, 310)):
-        x = torch.rand(2, 3, *size)
-        with torch.no_grad():
-            ours, expected = inception(x), theirs(x)[0].flatten(1)
-        assert ours.shape == (2, 2048) and (ours - expected).abs().max() < 1e-4 * expected.abs().max()
-        assert expected.std(dim=0).mean() > 1e-3 * expected.mean()  # the comparison is not one of constants
+    theirs, x = pytorch_fid.inception.InceptionV3([3]).eval(), torch.rand(2, 3, *size)
+
+    with torch.no_grad():
+        ours, expected = inception(x), theirs(x)[0].flatten(1)
+
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert expected.std(dim=0).mean() > 1e-3 * expected.mean()  # the comparison is not one of constants
 
 
-def test_inception_says_whose_weights_it_holds(inception, inception_file, tmp_path, monkeypatch):
-    assert inception.label == f"{evaluation.INCEPTION_FILE}, not the published weights" and not inception.training
+def test_inception_says_whose_weights_it_holds(inception, inception_file, monkeypatch):
+    assert inception.label == f"{evaluation.INCEPTION_FILE}, not the published weights"
+
     sha256 = argparse.Namespace(hexdigest=lambda: "6726825d0af5f729")
     monkeypatch.setattr(evaluation.hashlib, "sha256", lambda data: sha256)
+
     assert evaluation.load_inception(inception_file).label == "published weights"
-    weights = torch.load(inception_file, weights_only=True)
-    torch.save({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}, tmp_path / "older.pth")
-    evaluation.load_inception(tmp_path / "older.pth")  # as files from before PyTorch 0.4.1 are
 
 
-def test_random_features_neither_depend_on_the_seed_nor_change_it():
-    a, x = evaluation.load_inception("random"), torch.rand(2, 3, 75, 75)
+def test_random_features_neither_use_the_seed_nor_change_it():
+    x, first = torch.rand(2, 3, 75, 75), evaluation.load_inception("random")
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    b = evaluation.load_inception("random")
+
+    second = evaluation.load_inception("random")
+
     assert torch.equal(torch.get_rng_state(), before)
-    assert a.label == "random features" and torch.equal(a(x), b(x)) and 1e-2 < a(x).std() < 1e2
+    assert torch.equal(first(x), second(x)) and 1e-2 < first(x).std() < 1e2
 
 
 def test_inception_without_weights_is_one_sentence(offline, inception_file, tmp_path):
-    (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:10**6])
     weights = torch.load(inception_file, weights_only=True)
     torch.save({k: v for k, v in weights.items() if "Mixed_7c" not in k}, tmp_path / "other.pth")
-    for source in (None, tmp_path / "missing.pth", tmp_path / "cut.pth", tmp_path / "other.pth"):
+
+    for source in (None, tmp_path / "other.pth"):
         with pytest.raises(train.UsageError) as error:
             evaluation.load_inception(source)
-        text, place = str(error.value), source or offline
-        assert evaluation.INCEPTION_URL in text and str(place) in text and "\n" not in text and "--inception" in text
+        text = str(error.value)
+        assert evaluation.INCEPTION_URL in text and str(source or offline) in text and "\n" not in text
 
 
-@pytest.mark.parametrize("sizes", [[1] * 10, [7, 3], [10], [2, 5, 1, 2]])
-def test_streaming_statistics_equal_numpy(sizes):
+def test_streaming_statistics_equal_numpy():
     x = torch.randn(10, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
     x = x + 1e6  # a mean that sums of squares drown in
-    s = evaluation.FeatureStatistics()
-    for part in x.split(sizes):
-        s.update(part)
-    assert s.n == 10 and np.allclose(s.mean, x.mean(0).numpy(), rtol=1e-14)
-    assert np.allclose(s.covariance, np.cov(x.numpy().T), rtol=1e-8, atol=1e-8)
+    statistics = evaluation.FeatureStatistics()
+
+    for part in x.split([2, 5, 1, 2]):
+        statistics.update(part)
+
+    assert statistics.n == 10 and np.allclose(statistics.mean, x.mean(0).numpy(), rtol=1e-14)
+    assert np.allclose(statistics.covariance, np.cov(x.numpy().T), rtol=1e-8, atol=1e-8)
 
 
 def covariance(dim, rank=None, seed=0):
@@ -2406,34 +2256,20 @@ def covariance(dim, rank=None, seed=0):
     return x.T @ x / len(x)
 
 
-def test_frechet_distance_in_closed_form():
-    d = evaluation.frechet_distance
-    rng = np.random.default_rng(0)
-    m1, m2, s = rng.standard_normal(40), rng.standard_normal(40), covariance(40)
-    assert d(m1, s, m1, s) == pytest.approx(0, abs=1e-9)  # a set with itself
-    assert d(m1, s, m2, s) == pytest.approx(((m1 - m2) ** 2).sum(), rel=1e-9)  # equal covariances
-    basis = np.linalg.qr(rng.standard_normal((40, 40)))[0]
-    a, b = rng.random(40) + 0.1, rng.random(40) + 0.1
-    s1, s2 = (basis * a) @ basis.T, (basis * b) @ basis.T  # commuting: sum of (sqrt a - sqrt b)^2
-    assert d(m1, s1, m1, s2) == pytest.approx(((a**0.5 - b**0.5) ** 2).sum(), rel=1e-9)
-    a[5:], b[10:] = 0, 0  # singular, each in its own way
-    s1, s2 = (basis * a) @ basis.T, (basis * b) @ basis.T
-    assert d(m1, s1, m2, s2) == pytest.approx(((m1 - m2) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-9)
-    assert d(m1, 0 * s, m1, s) == pytest.approx(np.trace(s))  # a point
-
-
-@pytest.mark.parametrize("ranks", [(None, None), (20, None), (None, 20), (20, 30)])
+@pytest.mark.parametrize("ranks", [(None, None), (20, 30)])
 def test_frechet_distance_equals_scipys_sqrtm(ranks):
     m1, m2 = np.zeros(64), np.full(64, 0.1)
     s1, s2 = covariance(64, ranks[0], 1), 1.3 * covariance(64, ranks[1], 2)
-    root = scipy.linalg.sqrtm(s1 @ s2)
-    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(np.real(root))
-    assert evaluation.frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-6)
-    assert evaluation.frechet_distance(m2, s2, m1, s1) == pytest.approx(expected, rel=1e-6)
+
+    found = evaluation.frechet_distance(m1, s1, m2, s2), evaluation.frechet_distance(m2, s2, m1, s1)
+
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(np.real(scipy.linalg.sqrtm(s1 @ s2)))
+    assert found == pytest.approx((expected, expected), rel=1e-6)
 
 
 def test_mmd_equals_a_double_loop():
     x, y = torch.randn(5, 3).double(), torch.randn(7, 3).double() + 0.5
+
     for sigma, ours in zip((0.5, 2.0), evaluation.mmd2(x, y, (0.5, 2.0))):
         k = lambda a, b: math.exp(-(a - b).square().sum() / (2 * sigma**2))  # noqa: E731, B023
         xx = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / (5 * 4)
@@ -2442,17 +2278,9 @@ def test_mmd_equals_a_double_loop():
         assert ours == pytest.approx(xx + yy - 2 * xy, rel=1e-9)
 
 
-def test_mmd_of_gaussians_in_closed_form():
-    """E k(a, b) for a - b ~ N(m, 2) in one dimension is sigma / sqrt(sigma^2 + 2) exp(-m^2 / (2 sigma^2 + 4))."""
-    x, y, sigma, m = torch.randn(3000, 1), torch.randn(3000, 1) + 1.5, 2.0, 1.5
-    expected = 2 * sigma / (sigma**2 + 2) ** 0.5 * (1 - math.exp(-m**2 / (2 * sigma**2 + 4)))
-    assert evaluation.mmd2(x, y, [sigma])[0] == pytest.approx(expected, rel=0.1)
-    same = np.mean([evaluation.mmd2(torch.randn(40, 1), torch.randn(40, 1), [sigma])[0] for _ in range(200)])
-    assert abs(same) < 2e-3  # unbiased; with a point's kernel with itself it would be 0.02
-
-
 def test_macs_are_those_of_the_reading_of_the_paper():
     counts = {name: evaluation.count_macs(build, 256) / 1e9 for name, build in evaluation.ENCODERS.items()}
+
     assert counts == {"SD-VAE": pytest.approx(136.4, abs=0.05), "LiteVAE-S": pytest.approx(5.76, abs=0.005),
                       "LiteVAE-B": pytest.approx(37.8, abs=0.05), "LiteVAE-M": pytest.approx(224, abs=0.5),
                       "LiteVAE-L": pytest.approx(233, abs=0.5)}
@@ -2466,317 +2294,268 @@ def test_peak_memory_counts_what_is_held_at_once():
         return b + 1  # b and the result
     x, network = torch.zeros(1, 3, 100, 100), nn.Module()
     network.p, network.forward = nn.Parameter(torch.zeros(1000)), three
+
     with torch.no_grad():
-        assert evaluation.peak_memory(network, x) == pytest.approx(4 * (1000 + 30_000 + 2 * 30_000), abs=200)
-        x, peak = torch.zeros(2, 3, 256, 256).to(memory_format=torch.channels_last), {}
-        for name in ("SD-VAE", "LiteVAE-S", "LiteVAE-B"):
-            encoder = evaluation.ENCODERS[name]().eval().to(memory_format=torch.channels_last)
-            peak[name] = evaluation.peak_memory(encoder, x)
-    assert peak["SD-VAE"] > 2.7 * peak["LiteVAE-B"] and peak["SD-VAE"] > 6.7 * peak["LiteVAE-S"]  # Table 3: 2.8, 6.7
+        found = evaluation.peak_memory(network, x)
+
+    assert found == pytest.approx(4 * (1000 + 30_000 + 2 * 30_000), abs=200)
+
+
+def test_throughput_is_measured_in_turns(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(evaluation, "time", argparse.Namespace(perf_counter=lambda: clock[0]))
+
+    def encoder(name, seconds):
+        def forward(x):
+            clock[0] += seconds if name in order[-1:] else 9.0  # a first pass in a turn is slow
+            order.append(name)
+        return forward
+
+    values = evaluation.throughput({"slow": encoder("slow", 0.2), "fast": encoder("fast", 0.02)},
+                                   torch.zeros(4, 1), rounds=2)
+
+    assert values == {"slow": pytest.approx([20, 20]), "fast": pytest.approx([200, 200])}
+    assert [name for name, _ in itertools.groupby(order)] == ["slow", "fast", "slow", "fast"]
 
 
 # --- eval.py: the commands ----------------------------------------------------------------------------
 
 
-def test_recon_equals_the_metrics_image_by_image_whatever_the_batch_size(folder, vae_file, tmp_path, capsys, vgg):
-    results = [measured(tmp_path, "recon", "--vae", vae_file, "--data", folder, "--no-fid", "--batch-size", batch_size,
-                        "--out", tmp_path / "r.png") for batch_size in (1, 4, 100)]
-    out = capsys.readouterr().out
-    assert "6 images of" in out and "broken.jpg" in out and "empty.png" in out and "EMA weights" in out
-    vae, perceptual, expected = LiteVAE.from_checkpoint(vae_file), LPIPS(), {"psnr": [], "ssim": [], "lpips": []}
-    for file in readable(folder):
-        x = load_square(file, 32)[None] / 127.5 - 1
+@pytest.mark.parametrize("how", ["--lpips-net vgg", "--raw-weights --resize bilinear --lpips-net alex",
+                                 "--sample --lpips-net squeeze"])
+def test_recon_equals_the_metrics_image_by_image(how, folder, inception, inception_file, tmp_path, capsys, vgg):
+    vae, ema = [randomise(small_vae(), 0.02).eval() for _ in range(2)]
+    for v in (vae, ema):
+        nn.init.constant_(v.decoder.conv_out.bias, 0.8)  # brighter than images can be
+    save_checkpoint(tmp_path / "c.pt", vae, ema, args={"resolution": 32})
+
+    result = measured(tmp_path, "recon", "--vae", tmp_path / "c.pt", "--data", folder, "--batch-size", 4, "--limit", 7,
+                      "--inception", inception_file, "--out", tmp_path / "r.png", *how.split())
+
+    used, perceptual = vae if "raw" in how else ema, LPIPS(how.split()[-1])
+    images = evaluation.Images(readable(folder)[:5], 32, None, "bilinear" if "bilinear" in how else "bicubic")
+    generator, expected = torch.Generator().manual_seed(0), {"psnr": [], "ssim": [], "lpips": []}
+    real, fake = evaluation.FeatureStatistics(), evaluation.FeatureStatistics()
+    for image in (images[i] for i in range(5)):
+        x = image[None] / 127.5 - 1
         with torch.no_grad():
-            y = vae.decode(vae.encode(x).latent_dist.mode()).sample
-            expected["lpips"].append(perceptual(y.clamp(-1, 1), x).item())
-        a, b = [((v[0].double() + 1) / 2).clamp(0, 1).numpy() for v in (x, y)]
+            q = used.encode(x).latent_dist
+            noise = torch.randn(4, 4, 4, generator=generator) if "--sample" in how else 0
+            y = used.decode(q.mean + q.std * noise).sample.clamp(-1, 1)
+            expected["lpips"].append(perceptual(y, x).item())
+            real.update(inception(image[None] / 255)), fake.update(inception(((y + 1) * 127.5).round() / 255))
+        a, b = [((v[0].double() + 1) / 2).numpy() for v in (x, y)]
         expected["psnr"].append(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1))
         expected["ssim"].append(skimage_ssim(a, b))
-    for result in results:
-        assert result["n"] == 6 and "rfid" not in result and result["lpips_net"] == "vgg" and result["resolution"] == 32
-        for name, values in expected.items():
-            assert result[name] == pytest.approx(np.mean(values), rel=1e-4), name
-        assert result["psnrs"] == pytest.approx(expected["psnr"], rel=1e-4)
-    picture = np.asarray(Image.open(tmp_path / "r.png")).astype(float)
-    assert picture.shape == (3 * 130 - 2, 6 * 130 - 2, 3)
+    for name, values in expected.items():
+        assert result[name] == pytest.approx(np.mean(values), rel=1e-4), name
+    assert result["psnrs"] == pytest.approx(expected["psnr"], rel=1e-4) and result["n"] == 5
+    assert result["rfid"] == pytest.approx(evaluation.fid(real, fake), rel=1e-3)
+    out, picture = capsys.readouterr().out, np.asarray(Image.open(tmp_path / "r.png")).astype(float)
+    assert "broken.jpg" in out and "empty.png" in out and "fewer than its 2048" in out
     x, y, difference = [picture[:128, 130 * i:130 * i + 128] for i in range(3)]
+    assert (x[::4, ::4] == images[0].permute(1, 2, 0).numpy()).all()
     assert np.abs(difference - (127.5 + 2 * (y - x)).clip(0, 255)).max() <= 3
 
 
-def test_rfid_equals_the_fid_of_files_that_hold_the_reconstructions(
-        folder, vae_file, inception_file, tmp_path, capsys, monkeypatch):
-    seen, load = [], evaluation.load_inception
-    monkeypatch.setattr(evaluation, "load_inception", lambda source: seen.append(source) or load(source))
-    vae = LiteVAE.from_checkpoint(vae_file).to(memory_format=torch.channels_last)
-    for batch in torch.stack([load_square(file, 64) for file in readable(folder)]).split(4):
-        # Computed as the command does it: a pixel half way between two grey levels may otherwise round the other way.
-        x = (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            y = train.to_pixels(vae(x, sample=False).sample)
-        for name, images in (("x", batch), ("y", (y * 255).round().byte())):
-            (tmp_path / name).mkdir(exist_ok=True)
-            for image in images:
-                file = tmp_path / name / f"{len(list((tmp_path / name).iterdir()))}.png"
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
-    how = ["--inception", inception_file]
-    rfid = measured(tmp_path, "recon", "--vae", vae_file, "--data", folder, "--lpips-net", "none", "--resolution", 64,
-                    "--batch-size", 4, "--out", tmp_path / "r.png", *how)
-    out = capsys.readouterr().out
-    assert "not the published weights" in out and "fewer than its 2048" in out and "lpips" not in rfid
-    # the same from folders, in batches of another size, and from saved statistics
-    folders = measured(tmp_path, "fid", tmp_path / "x", tmp_path / "y", "--save-stats", tmp_path / "x.npz",
-                       "--batch-size", 5, *how)
-    saved = measured(tmp_path, "fid", tmp_path / "y", tmp_path / "x.npz", *how)
-    assert folders["n"] == saved["n"] == rfid["n"] == 6 and folders["fid"] > 0.1
-    assert rfid["rfid"] == pytest.approx(folders["fid"], rel=1e-5)
-    assert saved["fid"] == pytest.approx(folders["fid"], rel=1e-6)
-    assert all("not the published" in r["inception"] for r in (rfid, folders, saved))
-    assert seen == [str(inception_file)] * 3
-
-
-def test_fid_of_saved_statistics(inception_file, tmp_path, capsys):
-    """Files as pytorch-fid writes them, which do not tell N; a set with itself; statistics of other features."""
+def test_fid_compares_statistics_of_the_same_features_only(inception_file, tmp_path, capsys):
     a, b, s, m = tmp_path / "a.npz", tmp_path / "b.npz", covariance(2048, 50), np.zeros(2048)
-    np.savez(a, mu=m, sigma=s)
     np.savez(b, mu=m + 0.1, sigma=s, n=5000, inception="random features")
-    assert run(evaluation, "fid", a, b, "--inception", "random") == 1  # pytorch-fid's are of the published weights
-    assert "cannot be compared" in capsys.readouterr().err
-    np.savez(a, mu=m, sigma=s, n=0, inception="random features")
-    assert measured(tmp_path, "fid", a, a, "--inception", "random")["fid"] == pytest.approx(0, abs=1e-6)
+
+    np.savez(a, mu=m, sigma=s)  # as pytorch-fid writes it: of the published weights
+    assert run(evaluation, "fid", a, b, "--inception", "random") == 1
+    assert run(evaluation, "fid", a, b, "--inception", inception_file) == 1
+    assert capsys.readouterr().err.count("cannot be compared") == 2
+    np.savez(a, mu=m, sigma=s, inception="random features")
     numbers = measured(tmp_path, "fid", a, b, "--inception", "random")
-    assert numbers["n"] is None
-    assert numbers["fid"] == pytest.approx(20.48, rel=1e-5) and numbers["inception"] == "random features"
+
+    assert numbers["fid"] == pytest.approx(20.48, rel=1e-5) and numbers["n"] is None
     out = capsys.readouterr().out
-    assert "unknown" in out and "FID (random features)" in out and "5000" in out and "fewer than" not in out
-    assert run(evaluation, "fid", a, b, "--device", "cpu", "--inception", inception_file) == 1
-    assert "cannot be compared" in capsys.readouterr().err
+    assert "FID (random features)" in out and "N = unknown and 5000" in out and "fewer than" not in out
 
 
-def test_fid_reads_images_of_mixed_sizes_each_at_its_own(inception, folder):
-    files, images = train.find_images(folder), list(evaluation.Images(folder, None))
-    assert [i.shape for i in images if torch.is_tensor(i)] == 6 * [(3, 299, 299)]
-    number = next(i for i, file in enumerate(files) if file.endswith("b.jpeg"))
-    raw = torch.from_numpy(np.array(Image.open(files[number]))).permute(2, 0, 1)[None] / 255
-    with torch.no_grad():
-        assert torch.allclose(inception(images[number][None]), inception(raw), atol=1e-5)
+@pytest.mark.parametrize("how", ["", "--resolution 32", "--resolution 32 --resize bilinear"])
+def test_fid_reads_images_as_told_and_saves_statistics(how, folder, class_folder, tmp_path, inception, monkeypatch):
+    seen, features = [], lambda x: x.flatten(1)[:, :2048]
+    monkeypatch.setattr(evaluation, "load_inception", lambda source: inception)
+    monkeypatch.setattr(inception, "forward", lambda x: seen.append(x) or features(x))
+
+    found = measured(tmp_path, "fid", folder, class_folder, "--save-stats", tmp_path / "a.npz", *how.split())
+    again = measured(tmp_path, "fid", class_folder, tmp_path / "a.npz", *how.split())
+
+    expected = []
+    for file in readable(folder):
+        image = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
+        if "bilinear" in how:
+            image = evaluation.resize_bilinear(image, 32)
+        expected.append(load_square(file, 32) / 255 if how == "--resolution 32" else image / 255)
+        if not how:  # Inception's size, each side on its own
+            expected[-1] = F.interpolate(expected[-1][None], (299, 299), mode="bilinear")[0]
+    assert torch.allclose(seen[0], torch.stack(expected), atol=1e-6)
+    a, b = [features(x).double() for x in seen[:2]]
+    distance = evaluation.frechet_distance(a.mean(0).numpy(), np.cov(a.T), b.mean(0).numpy(), np.cov(b.T))
+    assert found["fid"] == pytest.approx(distance, rel=1e-5) and again["fid"] == pytest.approx(distance, rel=1e-5)
+    assert (found["n"], found["n_a"], found["n_b"]) == (6, 6, 12) and "not the published" in found["inception"]
 
 
-def test_sampled_and_raw_measurements_differ_and_repeat(vae_file, tmp_path, capsys):
-    def psnr(*how):
-        recon = ["recon", "--vae", vae_file, *NO_METRICS, "--limit", 5, "--out", tmp_path / "r.png"]
-        return measured(tmp_path, *recon, *how)["psnr"]
-    mode, sampled, raw = psnr(), psnr("--sample", "--batch-size", 2), psnr("--raw-weights")
-    described = [line.split(", ")[2] for line in capsys.readouterr().out.splitlines() if "LiteVAE-S" in line]
-    assert described == ["EMA weights", "EMA weights", "raw weights"]
-    assert len({mode, sampled, raw}) == 3
-    assert psnr("--sample", "--batch-size", 5) == pytest.approx(sampled, rel=1e-5)
+def test_ldms_resize_is_bilinear_without_antialiasing(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+
+    ours = evaluation.Images([tmp_path / "x.png"], 24, resize="bilinear")[0].permute(1, 2, 0).numpy()
+
+    expected = skimage.transform.resize(pixels / 255, (24, 36), order=1, anti_aliasing=False) * 255
+    assert ours.shape == (24, 24, 3) and np.abs(ours - expected[:, 6:30]).max() <= 0.51
 
 
-def test_scale_measures_every_checkpoint_at_every_resolution(vae_file, folder, tmp_path, capsys):
+def test_scale_measures_each_checkpoint_at_each_resolution(vae_file, folder, tmp_path):
     other = tmp_path / "other.pt"
     save_checkpoint(other, small_vae(latent_dim=6))
-    results = measured(tmp_path, "scale", "--vae", vae_file, other, "--data", folder, "--resolutions", 16, 32,
-                       "--lpips-net", "none", "--inception", "random", "--out", tmp_path / "plot.png")["results"]
-    assert [r["vae"] for r in results] == 2 * [str(vae_file), str(other)]
-    assert [(r["resolution"], r["n"]) for r in results] == [(16, 6), (16, 6), (32, 6), (32, 6)]
-    assert "rFID (random features)" in capsys.readouterr().out
-    recon = ["recon", "--vae", other, "--data", folder, "--resolution", 16, *NO_METRICS]
-    assert measured(tmp_path, *recon)["psnr"] == pytest.approx(results[1]["psnr"], rel=1e-5)
-    assert measured(tmp_path, *recon, "--limit", 3)["n"] == len({*train.find_images(folder)[:3]} & {*readable(folder)})
+    how = ["--data", folder, *NO_METRICS, "--resize", "bilinear"]
+
+    results = measured(tmp_path, "scale", "--vae", vae_file, other, "--resolutions", 16, 32, *how, "--out",
+                       tmp_path / "plot.png")["results"]
+
+    wanted = list(itertools.product((16, 32), (str(vae_file), str(other))))
+    assert [(r["resolution"], r["vae"]) for r in results] == wanted
+    for result, (resolution, vae) in zip(results, wanted):
+        alone = measured(tmp_path, "recon", "--vae", vae, "--resolution", resolution, *how, "--out", tmp_path / "r.png")
+        assert result["psnrs"] == pytest.approx(alone["psnrs"], rel=1e-5)
     plot = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB"))
     for colour in ((0x0b, 0x5f, 0xa5), (0xd1, 0x49, 0x5b)):  # a line for each checkpoint
         assert (plot == colour).all(axis=-1).sum() > 500
 
 
-def test_mmd_command_measures_scaled_latents_and_its_spread(vae_file, tmp_path, capsys):
-    def run_mmd(*how):
-        return measured(tmp_path, "mmd", "--vae", vae_file, "--limit", 12, "--resolution", 32, *how)
-    a, b = run_mmd("--batch-size", 12, "--sample"), run_mmd("--batch-size", 5, "--sample")
-    assert (a["n"], a["n_each"], a["dim"], a["repeats"], a["scaling_factor"]) == (12, 6, 64, 10, 0.5)
-    assert list(a["mmd2"]) == ["25", "50", "100", "250", "500"]
-    for sigma, of_a in a["mmd2"].items():
-        assert of_a["mean"] == pytest.approx(b["mmd2"][sigma]["mean"], rel=1e-3, abs=1e-7) and of_a["std"] > 0
-    assert run_mmd()["mmd2"]["25"]["mean"] != a["mmd2"]["25"]["mean"]  # of the means
-    vae = LiteVAE.from_checkpoint(vae_file)  # one bandwidth, by hand: all 12 with the same six choices
-    images = held_out_images(12, 32)
-    noise, generator, values = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4), []
+@pytest.mark.parametrize("how", ["", "--sample"])
+def test_mmd_command_measures_scaled_latents(how, vae_file, tmp_path):
+    found = measured(tmp_path, "mmd", "--vae", vae_file, "--limit", 12, "--resolution", 32, "--batch-size", 5,
+                     "--seed", 3, "--bandwidths", 5, 50, *how.split())["mmd2"]
+
+    vae, noise, generator = LiteVAE.from_checkpoint(vae_file), *[torch.Generator().manual_seed(s) for s in (3, 4)]
     with torch.no_grad():
-        q = vae.encode(images).latent_dist
-        z = (q.mean + q.std * torch.stack([torch.randn(4, 4, 4, generator=noise) for _ in range(12)])).flatten(1) * 0.5
+        q = vae.encode(held_out_images(12, 32)).latent_dist
+    noise = torch.stack([torch.randn(4, 4, 4, generator=noise) for _ in range(12)]) if how else 0
+    z = (q.mean + q.std * noise).flatten(1) * 0.5
+    values = []
     for _ in range(10):
         chosen = z[torch.randperm(12, generator=generator)[:6]]
-        values.append(evaluation.mmd2(chosen, torch.randn(6, 64, generator=generator), [50])[0])
-    of_50 = run_mmd("--sample", "--seed", 3)["mmd2"]["50"]
-    assert of_50["mean"] == pytest.approx(np.mean(values), rel=1e-4)
-    assert of_50["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
-    assert "thousandths" in capsys.readouterr().out
+        values.append(evaluation.mmd2(chosen, torch.randn(6, 64, generator=generator), [5, 50]))
+    for sigma, of_sigma in zip(("5", "50"), zip(*values)):
+        assert found[sigma]["mean"] == pytest.approx(np.mean(of_sigma), rel=1e-4)
+        assert found[sigma]["std"] == pytest.approx(np.std(of_sigma, ddof=1), rel=1e-4)
 
 
 @pytest.mark.parametrize("precision, size", [("fp32", 4), ("bf16", 2)])
-def test_cost_measures_every_encoder_and_its_ratios(precision, size, tmp_path, capsys, monkeypatch):
+def test_cost_measures_every_encoder_and_its_ratios(precision, size, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "ENCODERS", {k: v for k, v in evaluation.ENCODERS.items() if k[-1] in "ES"})
-    r = measured(tmp_path, "cost", "--resolution", 16, "--rounds", 3, "--batch-size", 1, "--precision", precision)
-    sd, s = r["encoders"]["SD-VAE"], r["encoders"]["LiteVAE-S"]
-    assert (sd["params"], s["params"]) == (34_163_592, 1_038_596) and s["speedup"] > 1 and s["memory_ratio"] > 1
-    ratio = s["images_per_second"] / sd["images_per_second"]
-    assert sd["speedup"] == 1 and s["speedup"] == pytest.approx(ratio, rel=0.5)
-    assert s["quartiles"][0] <= s["images_per_second"] <= s["quartiles"][1]
-    assert s["memory_ratio"] == pytest.approx(sd["peak_memory"] / s["peak_memory"])
-    assert sd["peak_memory"] > size * 34_163_592 and "SD-VAE" in capsys.readouterr().out
+    speeds = {"SD-VAE": [1, 10, 2], "LiteVAE-S": [3, 20, 20]}  # within a round 3, 2 and 10 times as fast
+    monkeypatch.setattr(evaluation, "throughput", lambda encoders, image, rounds: speeds)
+
+    found = measured(tmp_path, "cost", "--resolution", 16, "--batch-size", 1, "--precision", precision)["encoders"]
+
+    sd, s = found["SD-VAE"], found["LiteVAE-S"]
+    assert (sd["params"], s["params"]) == (34_163_592, 1_038_596)
+    assert (sd["images_per_second"], s["images_per_second"], sd["speedup"], s["speedup"]) == (2, 20, 1, 3)
+    assert sd["quartiles"] == [1.5, 6] and s["memory_ratio"] == pytest.approx(sd["peak_memory"] / s["peak_memory"])
+    assert 1 < sd["peak_memory"] / (size * 34_163_592) < 1.1
 
 
-def test_throughput_is_measured_in_turns():
-    order = []
+@pytest.mark.parametrize("latent_dim, shown", [(4, [0, 1, 2]), (1, [0, 0, 0])], ids=["colours", "grey"])
+def test_latents_show_what_they_measure(latent_dim, shown, folder, tmp_path):
+    files, vae = readable(folder)[:2], randomise(small_vae(latent_dim=latent_dim), 0.02).eval()
+    save_checkpoint(tmp_path / "c.pt", vae, args={"resolution": 64})
 
-    def encoder(name, seconds):
-        def forward(x):
-            order.append(name)
-            time.sleep(seconds)
-        return forward
-    encoders = {"slow": encoder("slow", 0.2), "fast": encoder("fast", 0.02)}
-    values = evaluation.throughput(encoders, torch.zeros(4, 1), rounds=2)
-    assert [len(v) for v in values.values()] == [2, 2]
-    assert values["slow"][0] == pytest.approx(20, rel=0.2) and values["fast"][1] == pytest.approx(200, rel=0.3)
-    assert [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name] == ["slow", "fast", "slow", "fast"]
+    numbers = measured(tmp_path, "latents", "--vae", tmp_path / "c.pt", *files)
 
-
-def test_latents_show_what_they_measure(vae_file, folder, tmp_path):
-    files, vae = readable(folder)[:2], LiteVAE.from_checkpoint(vae_file)
-    numbers = measured(tmp_path, "latents", "--vae", vae_file, *files, "--resolution", 64, "--out", tmp_path / "l.png")
     x = torch.stack([load_square(f, 64) for f in files]) / 127.5 - 1
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mode()
-    assert numbers["mean"] == pytest.approx(z.mean(dim=(0, 2, 3)).tolist(), rel=1e-3, abs=1e-5)
-    assert numbers["std"] == pytest.approx(z.std(dim=(0, 2, 3)).tolist(), rel=1e-3)
-    picture = np.asarray(Image.open(tmp_path / "l.png")).astype(float)
-    assert picture.shape == (2 * 130 - 2, 4 * 130 - 2, 3)
+    picture = np.asarray(Image.open(tmp_path / "latents.png")).astype(float)
+    flat = z.transpose(0, 1).flatten(1)
+    for name, expected in {"mean": flat.mean(1), "std": flat.std(1), "largest": flat.abs().amax(1)}.items():
+        assert numbers[name] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-5)
     wavelets = torch.from_numpy(picture[:128, 130:258][::2, ::2]).permute(2, 0, 1) / 127.5 - 1
-    _, h, v, d = HaarTransform().dwt(x[:1])[0].chunk(4)  # level 1, twice the pixels' scale
     assert torch.allclose(wavelets[:, :8, :8], F.avg_pool2d(x[0], 8).double(), atol=0.01)
-    for part, band in ((wavelets[:, :32, 32:], v), (wavelets[:, 32:, :32], h), (wavelets[:, 32:, 32:], d)):
-        assert torch.allclose(part, (2 * band).clamp(-1, 1).double(), atol=0.01)
-    shown, red = picture[:128, 260:388, 0][::16, ::16], z[0, 0].numpy()  # channel 0 as red, squares of 16
-    inner = (shown > 0) & (shown < 255)
-    assert inner.sum() > 40 and np.corrcoef(shown[inner], red[inner])[0, 1] > 0.999
-    assert measured(tmp_path, "latents", "--vae", vae_file, files[0])["resolution"] == 32  # that of training
+    for level, side in ((1, 32), (2, 16)):  # level 1 is on twice the pixels' scale, level 2 on four times
+        _, h, v, d = HaarTransform().cascade(x[:1])[level - 1][0].chunk(4)
+        for band, y, x0 in ((v, 0, side), (h, side, 0), (d, side, side)):
+            part = wavelets[:, y:y + side, x0:x0 + side]
+            assert torch.allclose(part, (4 / 2**level * band).clamp(-1, 1).double(), atol=0.01)
+    low, high = np.percentile(flat, (2, 98), axis=1)[:, shown]
+    expected = 255 * (z[0, shown].permute(1, 2, 0).numpy() - low) / (high - low)
+    assert np.abs(picture[:128, 260:388][::16, ::16] - expected.clip(0, 255)).max() <= 1  # squares of 16
 
 
 def test_features_show_the_strongest_map_first(vae_file, tmp_path):
-    vae = LiteVAE.from_checkpoint(vae_file)
-    with torch.no_grad():  # a decoder with one map ten times as strong as the rest
-        block = vae.decoder.up[0].block[-1]
-        for p in (block.conv2.weight, block.conv2.bias):
-            p.zero_()
-        block.conv2.bias[3] = 1000.0
-    save_checkpoint(tmp_path / "one.pt", vae)
-    plain, one = [measured(tmp_path, "features", "--vae", path, "--resolution", 32, "--out", tmp_path / "f.png",
-                           "--maps", 3) for path in (vae_file, tmp_path / "one.pt")]
-    assert one["imbalance"] > 10 * plain["imbalance"] and np.argmax(one["rms"]) == 3 and plain["maps"] == 8
-    picture = np.asarray(Image.open(tmp_path / "f.png"))
-    assert picture.shape == (2 * 130 - 2, 4 * 130 - 2, 3)
-    assert picture[:, 130:258].mean() > 200 > 60 > picture[:, 260:388].mean()
+    vae, seen = LiteVAE.from_checkpoint(vae_file), []
+    vae.decoder.norm_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs()))
+    with torch.no_grad():
+        vae.decode(vae.encode(held_out_images(2, 32)).latent_dist.mean)
 
+    numbers = measured(tmp_path, "features", "--vae", vae_file, "--out", tmp_path / "f.png", "--maps", 3)
 
-def test_latents_of_fewer_than_three_channels_are_grey(tmp_path):
-    save_checkpoint(tmp_path / "c.pt", small_vae(latent_dim=1))
-    measured(tmp_path, "latents", "--vae", tmp_path / "c.pt", "--resolution", 32)  # of built-in images
-    picture = np.asarray(Image.open(tmp_path / "latents.png")).astype(int)
-    assert picture.shape == (8 * 130 - 2, 4 * 130 - 2, 3)
-    assert (picture[:, 260:388].max(-1) == picture[:, 260:388].min(-1)).all()
+    (f,) = seen  # (2, 8, 32, 32)
+    rms = f.square().mean(dim=(0, 2, 3)).sqrt()
+    assert numbers["rms"] == pytest.approx(rms.tolist(), rel=1e-4)
+    assert numbers["imbalance"] == pytest.approx((rms.max() / rms.median()).item(), rel=1e-4)
+    spots = [(one.max() / one.square().mean().sqrt()).item() for one in f.flatten(0, 1)]
+    assert numbers["spots"] == pytest.approx(np.mean(spots), rel=1e-4)
+    picture, order = np.asarray(Image.open(tmp_path / "f.png")).astype(float), rms.argsort(descending=True)[:3]
+    shown = np.stack([picture[:128:4, 130 * i:130 * i + 128:4, 0] for i in (1, 2, 3)])
+    assert np.abs(shown - 255 * (f[0, order] / f[0, order].max()).numpy()).max() <= 1
 
 
 def test_small_batches_are_the_default_on_a_cpu():
-    machine = train.Machine("cpu")
     for resolution, n, sizes in ((256, 2, [1, 1]), (128, 5, [4, 1]), (264, 1, [1])):
         images = evaluation.Images(None, resolution, n)
-        assert [len(batch) for batch in images.batches(None, machine)] == sizes
+        assert [len(batch) for batch in images.batches(None, train.Machine("cpu"))] == sizes
 
 
 def test_numbers_that_are_not_finite_are_no_result(tmp_path, capsys):
     """The distance of features that are not finite must not come out as 0, the best there is."""
-    vae = small_vae()
+    vae, a, b = small_vae(), evaluation.FeatureStatistics(), evaluation.FeatureStatistics()
     nn.init.constant_(vae.decoder.conv_out.bias, math.nan)
     save_checkpoint(tmp_path / "nan.pt", vae)
+    a.update(torch.randn(5, 3)), b.update(torch.full((5, 3), math.nan))
+
     recon = ["recon", "--vae", tmp_path / "nan.pt", *NO_METRICS, "--resolution", 16, "--device", "cpu"]
     assert run(evaluation, *recon) == 1
+
     assert "not finite" in capsys.readouterr().err and list(tmp_path.iterdir()) == [tmp_path / "nan.pt"]
-    a, b = evaluation.FeatureStatistics(), evaluation.FeatureStatistics()
-    a.update(torch.randn(5, 3)), b.update(torch.full((5, 3), math.nan))
     with pytest.raises(train.UsageError, match="not finite"):
         evaluation.fid(a, b)
-
-
-def test_fid_at_a_resolution_compares_centre_squares(folder, tmp_path, capsys):
-    """Photographs of many shapes against files that hold their centre squares: the same images, so 0."""
-    for i, file in enumerate(readable(folder)):
-        (tmp_path / "squares").mkdir(exist_ok=True)
-        Image.fromarray(train.load_image(file, 32)).save(tmp_path / "squares" / f"{i}.png")
-    values, square = {}, ["--resolution", 32]
-    for name, options in {"whole": [], "squares": square, "bilinear": [*square, "--resize", "bilinear"]}.items():
-        numbers = measured(tmp_path, "fid", folder, tmp_path / "squares", *options, "--inception", "random")
-        values[name] = numbers["fid"]
-        assert ("from its own shape" in capsys.readouterr().out) == (name == "whole")
-        assert numbers["resize"] == ("bilinear" if name == "bilinear" else "bicubic")
-    assert abs(values["squares"]) < 1e-6 and min(values["whole"], values["bilinear"]) > 1e-3
-
-
-def test_ldms_resize_is_bilinear_without_antialiasing(tmp_path):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    expected = skimage.transform.resize(pixels / 255, (24, 36), order=1, anti_aliasing=False) * 255
-    ours = evaluation.Images([tmp_path / "x.png"], 24, resize="bilinear")[0].permute(1, 2, 0).numpy()
-    assert ours.shape == (24, 24, 3) and np.abs(ours - expected[:, 6:30]).max() <= 0.51
-    smooth = evaluation.Images([tmp_path / "x.png"], 24)[0].permute(1, 2, 0).numpy()
-    assert np.abs(smooth.astype(float) - ours).mean() > 10
-
-
-def test_lpips_judges_clamped_outputs(vae_file, tmp_path, vgg, monkeypatch):
-    seen, forward = [], LPIPS.forward
-    monkeypatch.setattr(LPIPS, "forward", lambda self, y, x: seen.append(y.abs().max()) or forward(self, y, x))
-    loud = LiteVAE.from_checkpoint(vae_file)
-    nn.init.constant_(loud.decoder.conv_out.bias, 1.5)
-    save_checkpoint(tmp_path / "loud.pt", loud)
-    measured(tmp_path, "recon", "--vae", tmp_path / "loud.pt", "--limit", 2, "--resolution", 32, "--no-fid")
-    assert seen and all(largest == 1 for largest in seen)
 
 
 # --- The model that comes with the repository ---------------------------------------------------------
 
 
-def test_the_shipped_model_is_small_and_reconstructs_as_well_as_the_readme_says():
-    checkpoint = load_checkpoint(train.TRAINED)
-    assert train.TRAINED.stat().st_size < 5e6 and checkpoint.keys() == {"format", "config", "model", "args"}
-    assert all(tensor.dtype == torch.float16 for tensor in checkpoint["model"].values())
-    vae = LiteVAE.from_checkpoint(train.TRAINED)
-    assert vae.name == "LiteVAE-S" and vae.dtype == torch.float32 and vae.config.latent_dim == 12
-    x = held_out_images(8, 64)
+def test_the_shipped_model_is_as_good_as_the_readme_says():
+    vae, x = LiteVAE.from_checkpoint(train.TRAINED), held_out_images(8, 64)
+
     out = vae(x, sample=False)
+
+    assert vae.name == "LiteVAE-S" and vae.config.latent_dim == 12 and train.TRAINED.stat().st_size < 5e6
     assert train.psnr(out.sample, x).mean().item() == pytest.approx(24.04, abs=0.3)  # of all 64: 25.37 in the README
     assert (out.latent * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.15)  # it is that of 96x96
 
 
-def test_without_a_checkpoint_the_shipped_model_is_taken_and_its_folder_left_alone(
-        tmp_path, monkeypatch, capsys, tiny_ldm):
-    before = sorted(train.TRAINED.parent.iterdir())
-    monkeypatch.chdir(tmp_path)
-    for command in (["latents"], ["features"], ["recon", *NO_METRICS, "--limit", 2],
-                    ["scale", *NO_METRICS, "--limit", 2, "--resolutions", 16]):
-        assert run(evaluation, *command, "--device", "cpu") == 0
-        assert str(train.TRAINED) in capsys.readouterr().out
-    pictures = {"latents.png", "features.png", "recon-builtin-64.png", "scale-builtin.png"}
-    assert pictures <= {path.name for path in (tmp_path / "runs").iterdir()}
-    # The diffusion quick start: classes of shapes on its latents.
-    seen, open_images = [], train.open_images
+def test_without_a_checkpoint_the_shipped_model_is_taken(tmp_path, monkeypatch, tiny_ldm):
+    before, seen, open_images = sorted(train.TRAINED.parent.iterdir()), [], train.open_images
     monkeypatch.setattr(train, "open_images", lambda *how: seen.append(open_images(*how)) or seen[0])
+    monkeypatch.chdir(tmp_path)
+
+    assert run(evaluation, "recon", *NO_METRICS, "--limit", 2, "--device", "cpu") == 0
     assert run(sample_ldm, "train", "--device", "cpu", "--steps", 1) == 0
-    assert type(seen[0][0]) is train.Shapes and [label for _, label in seen[0][1]] == [
-        train.Shapes(64, 2**32 - 1)[i][1] for i in range(8)]
     assert run(sample_ldm, "sample", "--class", "star", "-n", 2, "--device", "cpu", "--steps", 2) == 0
+
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"ldm", "recon-builtin-64.png"}
+    [(training, held_out)], unseen = seen, train.Shapes(64, 2**32 - 1)  # the quick start: classes of shapes
+    assert type(training) is train.Shapes and [label for _, label in held_out] == [unseen[i][1] for i in range(8)]
     checkpoint = checkpoint_of(tmp_path / "runs" / "ldm")
     assert checkpoint["classes"] == list(train.SHAPES) and checkpoint["resolution"] == 64
+    assert_same_weights(checkpoint["vae"]["model"], LiteVAE.from_checkpoint(train.TRAINED).state_dict())
     assert len(pixels(tmp_path / "runs" / "ldm" / "samples" / "images")) == 2
-    assert sorted(train.TRAINED.parent.iterdir()) == before
+    assert sorted(train.TRAINED.parent.iterdir()) == before  # nothing was written there
 
 
 # --- A GPU's rules, without a GPU ---------------------------------------------------------------------
@@ -2806,13 +2585,12 @@ def assert_float32_on_the_gpu(*tensors):
     assert {(t.device.type, t.dtype) for t in tensors} == {("cuda", torch.float32)}
 
 
-AUTOENCODERS = {**{size: functools.partial(small_vae, size=size) for size in PRESETS}, **VARIANTS,
-                "smc": lambda: small_vae(use_smc=True), "wavelet": lambda: small_vae(output_type="wavelet"),
+AUTOENCODERS = {**VARIANTS, "smc": lambda: small_vae(use_smc=True), "wavelet": lambda: small_vae(output_type="wavelet"),
                 "1x1": lambda: small_vae(use_1x1_conv=True)}
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_autoencoders_on_a_gpu_are_bf16_inside_and_float32_at_their_ends(name, gpu):
+def test_autoencoders_on_a_gpu_are_float32_at_their_ends_alone(name, gpu):
     with torch.device("cuda"):
         vae, image = AUTOENCODERS[name](), torch.zeros(2, 3, 16, 16)
 
@@ -2828,7 +2606,7 @@ def test_autoencoders_on_a_gpu_are_bf16_inside_and_float32_at_their_ends(name, g
 
 @pytest.mark.parametrize("build", [lambda: UNetDiscriminator(8), lambda: litevae.PatchDiscriminator(8),
                                    lambda: litevae.StyleGANDiscriminator(32, 8)], ids=["unet", "patchgan", "stylegan"])
-def test_discriminators_on_a_gpu_copy_nothing_and_their_losses_are_float32(build, gpu):
+def test_discriminators_on_a_gpu_copy_nothing(build, gpu):
     with torch.device("cuda"):
         discriminator, images = build(), torch.zeros(8, 3, 32, 32)
 
@@ -2841,7 +2619,7 @@ def test_discriminators_on_a_gpu_copy_nothing_and_their_losses_are_float32(build
     assert gpu.copies == [] and set(gpu.inside) <= {torch.bfloat16}
 
 
-def test_losses_and_metrics_of_bf16_images_on_a_gpu_are_float32(gpu, monkeypatch):
+def test_losses_of_bf16_images_on_a_gpu_are_float32(gpu, monkeypatch):
     monkeypatch.setattr(litevae, "load_features", lambda *where: None)  # weights stay random
     with torch.device("cuda"):
         vae, x, discriminator = small_vae(), torch.zeros(2, 3, 32, 32), UNetDiscriminator(8)
@@ -2852,10 +2630,10 @@ def test_losses_and_metrics_of_bf16_images_on_a_gpu_are_float32(gpu, monkeypatch
     with gpu:
         output, logits = vae(x), discriminator(x)
         y, w = output.sample.bfloat16(), output.wavelet.bfloat16()
+        weights = dict.fromkeys(litevae.LOSS_WEIGHTS, 1.0)
         for context in (contextlib.nullcontext(), litevae.autocast_off(x)):  # within autocast, and as train.py has it
             with context:
-                total, terms = autoencoder_loss(output._replace(sample=y, wavelet=w), x, perceptual=perceptual,
-                                                fake_logits=logits)
+                total, terms = autoencoder_loss(output._replace(sample=y, wavelet=w), x, weights, perceptual, logits)
                 results += [total, *terms.values(), perceptual(y, x), esrgan(y, x), litevae.ldl_loss(y, x, y),
                             output.latent_dist.kl(), train.psnr(y, x), evaluation.ssim(y, x)]
 
@@ -2872,15 +2650,14 @@ def test_fid_and_mmd_on_a_gpu_are_computed_there(gpu, monkeypatch):
     with gpu, litevae.autocast_off(x):  # as eval.py measures
         features = inception(train.to_pixels(x))
         statistics.update(features), statistics.update(features)
-        distances = evaluation.mmd2(features, features, [1.0, 2.0])
+        evaluation.mmd2(features, features, [1.0, 2.0])
 
     assert_float32_on_the_gpu(features)
-    assert gpu.copies == [] and len(distances) == 2
-    assert statistics.n == 8 and {statistics.centre.device.type, statistics.scatter.device.type} == {"cuda"}
+    assert gpu.copies == [] and {statistics.centre.device.type, statistics.scatter.device.type} == {"cuda"}
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
-def test_diffusion_on_a_gpu_is_bf16_inside_and_float32_at_its_ends(scale_shift, gpu):
+def test_diffusion_on_a_gpu_is_float32_at_its_ends_alone(scale_shift, gpu):
     with torch.device("cuda"):
         vae, unet = small_vae(), sample_ldm.UNet(4, 32, (1, 2), 1, (1,), scale_shift, classes=2)
         image, noise, label = torch.zeros(2, 3, 24, 24), torch.zeros(2, 4, 3, 3), torch.zeros(2, dtype=torch.long)
@@ -2907,16 +2684,7 @@ def test_diffusion_on_a_gpu_is_bf16_inside_and_float32_at_its_ends(scale_shift, 
 DEVICE = "cuda"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-
-def assert_same_curve(a, b, *names):
-    """The logs of two runs hold the same values but for rounding."""
-    assert [row["step"] for row in a] == [row["step"] for row in b]
-    for name in names:
-        expected = [pytest.approx(float(row[name] or 0), rel=2e-3, abs=1e-4) for row in a]
-        assert [float(row[name] or 0) for row in b] == expected, name
-
-
-CURVES = {  # a script, options, columns of its log
+VISITS = {  # a script, options, columns of its log
     "smc and wavelets": (train, [], ["loss", "l1", "kl"]),
     "group norm and discriminator": (train, ["--no-use-smc", "--output-type", "image", "--discriminator", "unet",
                                              *DISC], ["loss", "adv", "d_loss"]),
@@ -2924,40 +2692,18 @@ CURVES = {  # a script, options, columns of its log
 
 
 @needs_cuda
-def test_the_shipped_model_reconstructs_on_cuda_as_on_the_cpu(exact):
-    x = held_out_images(4, 64)
-
-    images = []
-    for device in ("cpu", DEVICE):
-        machine = evaluation.exact_machine(device)
-        vae = LiteVAE.from_checkpoint(train.TRAINED).to(machine.device, memory_format=machine.memory_format)
-        images.append(vae(x.to(machine.device), sample=False).sample.cpu())
-
-    assert (images[0] - images[1]).abs().max() < 1e-3
-
-
-@needs_cuda
-@pytest.mark.parametrize("case", CURVES)
-def test_three_steps_on_cuda_have_the_losses_of_the_cpu(case, tmp_path, tiny_ldm, exact):
-    script, options, names = CURVES[case]
-
-    logs = [trained(tmp_path / out, *options, "--steps", 3, "--device", device, script=script)[0]
-            for out, device in (("a", "cpu"), ("b", DEVICE))]
-
-    assert_same_curve(*logs, *names)
-
-
-@needs_cuda
-@pytest.mark.parametrize("case", CURVES)
+@pytest.mark.parametrize("case", VISITS)
 def test_a_run_that_visits_cuda_equals_one_on_the_cpu(case, tmp_path, tiny_ldm, exact):
-    script, options, names = CURVES[case]
+    script, options, names = VISITS[case]
 
     expected, _ = trained(tmp_path / "a", *options, "--steps", 6, script=script)
     trained(tmp_path / "b", *options, "--steps", 2, script=script)
     resumed(tmp_path / "b", "--steps", 4, "--device", DEVICE, script=script)
     found, _ = resumed(tmp_path / "b", "--steps", 6, "--device", "cpu", script=script)
 
-    assert_same_curve(expected, found, *names)
+    for name in names:
+        curve = [pytest.approx(float(row[name] or 0), rel=2e-3, abs=1e-4) for row in expected]
+        assert [float(row[name] or 0) for row in found] == curve, name
 
 
 @needs_cuda
@@ -2966,8 +2712,7 @@ def test_bf16_trains_on_cuda_with_every_discriminator(options, tmp_path):
     log, _ = trained(tmp_path / "a", *DISC, "--discriminator", *options.split(), "--precision", "bf16",
                      "--resolution", 32, "--batch-size", 4, "--device", DEVICE, "--steps", 3)
 
-    assert all(math.isfinite(float(row[name])) for row in log[1:] for name in ("loss", "adv", "d_loss"))
-    assert math.isfinite(float(log[-1]["psnr"])) and log[-1]["skipped"] == "0"
+    assert [row["skipped"] for row in log] == ["0", "0", "0"]
 
 
 @needs_cuda
