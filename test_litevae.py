@@ -1617,7 +1617,7 @@ def test_every_option_has_a_value_in_both_recipes_and_states_it(folder):
     for parser, words in ((train.build_parser(), "default: S, with --data B"), (commands["train"], "default: quick,")):
         assert words in " ".join(parser.format_help().split())
     appendix_f = {"batch_size": 16, "steps": 200_000, "lr": 1e-4, "beta1": 0.5, "beta2": 0.9, "size": "B"}
-    measured_with = {"steps": 1490, "lr": 4e-3, "weight_mse": 10, "weight_wavelet": 0.1, "weight_kl": 1e-4, "ema": 0.99}
+    measured_with = {"steps": 1490, "lr": 3e-3, "weight_mse": 10, "weight_wavelet": 0.1, "weight_kl": 3e-4, "ema": 0.99}
     assert appendix_f.items() <= paper.items() and measured_with.items() <= quick.items()
 
 
@@ -2045,8 +2045,8 @@ def test_a_diffusion_run_equals_edm_written_out(tmp_path, vae_file, class_folder
     """Six steps on the latents of two classes in which every option has an unusual value."""
     monkeypatch.setattr(train, "HELD_OUT", 6)  # a batch of four and one of two
     drawn, draw = [], sample_ldm.draw
-    monkeypatch.setattr(sample_ldm, "draw", lambda denoiser, *args, **how: drawn.append(
-        (copy.deepcopy(denoiser.state_dict()), how)) or draw(denoiser, *args, **how))
+    monkeypatch.setattr(sample_ldm, "draw", lambda denoiser, *how: drawn.append(
+        (copy.deepcopy(denoiser.state_dict()), how[-1])) or draw(denoiser, *how))
     options = UNUSUAL | {"noise_mean": 0.7, "noise_std": 0.4, "class_dropout": 0.3}
     log, checkpoint = trained(tmp_path / "a", *typed(options), "--data", class_folder, "--val", class_folder,
                               "--class-cond", script=sample_ldm)
@@ -2088,9 +2088,9 @@ def test_a_diffusion_run_equals_edm_written_out(tmp_path, vae_file, class_folder
         z = vae.encode(x).latent_dist.mean * factor
         loss = sample_ldm.diffusion_loss(ema.eval(), z, sigma, noise, torch.tensor(labels[::2]))
     assert float(log[-1]["val_loss"]) == pytest.approx(loss.item(), rel=1e-4)
-    [(weights, how)] = drawn
+    [(weights, label)] = drawn
     assert_same_weights(weights, checkpoint["ema"])
-    assert how["label"].tolist() == 8 * [0, 1] and how["guidance"] == 1.5
+    assert label.tolist() == 8 * [0, 1]
 
 
 def pixels(folder):
@@ -2109,9 +2109,9 @@ def near(a, b, most=1):
 
 
 SAMPLED = {  # options, weights, size, number of images, seed, steps, classes, guidance, churn
-    "Heun": ("--guidance 2 --size 16x40 --precision bf16", "ema", (2, 5), 3, 0, 3, [0, 1, 0], 2.0, 0.0),
+    "Heun": ("--guidance 3 --churn 0 --size 16x40 --precision bf16", "ema", (2, 5), 3, 0, 3, [0, 1, 0], 3.0, 0.0),
     "stochastic": ("--batch-size 3 --raw-weights --class dog cat --seed 7 --churn 30 --steps 5", "model", (4, 4), 5,
-                   7, 5, [1, 0, 1, 0, 1], 1.5, 30.0)}
+                   7, 5, [1, 0, 1, 0, 1], 2.0, 30.0)}
 
 
 @pytest.mark.parametrize("case", SAMPLED)
@@ -2413,17 +2413,13 @@ def test_scale_measures_each_checkpoint_at_each_resolution(vae_file, folder, tmp
     save_checkpoint(other, small_vae(latent_dim=6))
     how = ["--data", folder, *NO_METRICS, "--resize", "bilinear"]
 
-    results = measured(tmp_path, "scale", "--vae", vae_file, other, "--resolutions", 16, 32, *how, "--out",
-                       tmp_path / "plot.png")["results"]
+    results = measured(tmp_path, "scale", "--vae", vae_file, other, "--resolutions", 16, 32, *how)["results"]
 
     wanted = list(itertools.product((16, 32), (str(vae_file), str(other))))
     assert [(r["resolution"], r["vae"]) for r in results] == wanted
     for result, (resolution, vae) in zip(results, wanted):
         alone = measured(tmp_path, "recon", "--vae", vae, "--resolution", resolution, *how, "--out", tmp_path / "r.png")
         assert result["psnrs"] == pytest.approx(alone["psnrs"], rel=1e-5)
-    plot = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB"))
-    for colour in ((0x0b, 0x5f, 0xa5), (0xd1, 0x49, 0x5b)):  # a line for each checkpoint
-        assert (plot == colour).all(axis=-1).sum() > 500
 
 
 @pytest.mark.parametrize("how", ["", "--sample"])
@@ -2535,7 +2531,7 @@ def test_the_shipped_model_is_as_good_as_the_readme_says():
     out = vae(x, sample=False)
 
     assert vae.name == "LiteVAE-S" and vae.config.latent_dim == 12 and train.TRAINED.stat().st_size < 5e6
-    assert train.psnr(out.sample, x).mean().item() == pytest.approx(24.04, abs=0.3)  # of all 64: 25.37 in the README
+    assert train.psnr(out.sample, x).mean().item() == pytest.approx(25.69, abs=0.2)  # of all 64: 27.32 in the README
     assert (out.latent * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.15)  # it is that of 96x96
 
 
@@ -2716,7 +2712,7 @@ def test_bf16_trains_on_cuda_with_every_discriminator(options, tmp_path):
 
 
 @needs_cuda
-@pytest.mark.parametrize("churn", [[], ["--churn", 40]], ids=["Heun", "stochastic"])
+@pytest.mark.parametrize("churn", [["--churn", 0], []], ids=["Heun", "stochastic"])
 def test_samples_on_cuda_are_the_cpus(churn, ldm_file, tmp_path, exact):
     expected, found = [draw_samples(ldm_file, tmp_path / str(i), "-n", 4, "--device", device, *churn)
                        for i, device in enumerate(("cpu", DEVICE))]
@@ -2783,10 +2779,10 @@ def test_samples_of_the_quick_start_show_their_class(seed, request, tmp_path):
     ldm = tmp_path / "checkpoint.pt"
     assert run(sample_ldm, "train", "--seed", seed, "--out", tmp_path) == 0
     assert run(sample_ldm, "sample", "--ldm", ldm, "-n", 256) == 0
-    samples = [train.as_tensor(np.asarray(train.open_rgb(file))) for file in sorted((tmp_path / "samples" / "images").iterdir())]
+    samples = [torch.from_numpy(image).permute(2, 0, 1) for image in pixels(tmp_path / "samples" / "images")]
 
     network, right = train_classifier()
     named = share_named(network, F.avg_pool2d(torch.stack(samples) / 127.5 - 1, 2), torch.arange(256) % 8)
 
-    print(f"seed {seed}: a classifier that names {right:.1%} of new shapes names {named:.1%} of 256 samples as asked for")
+    print(f"seed {seed}: a classifier that is right on {right:.1%} of new shapes finds the class in {named:.1%}")
     assert named >= 0.85
