@@ -752,7 +752,9 @@ def load_statistics(path, label):
     """n, mean, covariance of an .npz of --save-stats or pytorch-fid. UsageError if it is none, or of other weights."""
     try:
         with np.load(path) as file:
-            mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+            mean, covariance = [file[name].astype(np.float64, casting="safe") for name in ("mu", "sigma")]
+            if (np.diagonal(covariance) < 0).any():
+                raise ValueError("a variance is negative")
             n = int(file["n"]) if "n" in file else 0  # pytorch-fid does not save it
             held = str(file["inception"]) if "inception" in file else "published weights"  # pytorch-fid has no others
     except Exception as error:
