@@ -445,9 +445,8 @@ def fid_command(args):
 def scale(args):
     """The metrics of recon at several resolutions, for one or several checkpoints (Figs. 5 and 8).
 
-    Images smaller than a resolution are enlarged to it: use photographs of 512
-    pixels or more. Needs what recon needs. With the quick start's model the five resolutions of an image take
-    1.2 s without LPIPS and rFID.
+    Images smaller than a resolution are enlarged to it: use photographs of 512 pixels or more. Needs what recon needs.
+    With the quick start's model the five resolutions of an image take 1.2 s without LPIPS and rFID.
     """
     records, _ = measure_all(args, args.vae, args.resolutions)
     return {"results": records}

@@ -6,8 +6,8 @@
     python sample_ldm.py train --resume --out runs/my-ldm                  resume a run, bit-exactly on a CPU
     torchrun --nproc_per_node=2 sample_ldm.py train ...                    train or sample on several GPUs
 
-Training writes into --out checkpoint.pt, log.csv and samples-STEP.png. The checkpoint
-holds the autoencoder too, so sampling needs that one file. From top to bottom:
+Training writes into --out checkpoint.pt, log.csv and samples-STEP.png. The checkpoint holds the autoencoder too, so
+sampling needs that one file. From top to bottom:
 
     1  Diffusion     App. C, EDM     preconditioning, Denoiser, diffusion_loss
     2  Sampling      Eq. 4, EDM      sigma_schedule, heun_sampler, stochastic_sampler, guided

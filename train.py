@@ -8,8 +8,8 @@
     python train.py --out runs/mine --resume                    resume a run, bit-exactly on a CPU
     torchrun --nproc_per_node=2 train.py --data DIR             one run on two processes or GPUs
 
-A run writes into --out:  checkpoint.pt  (weights, EMA weights, optimisers, step),  log.csv  (every logged
-value)  and  reconstructions-STEP.png  (held-out images beside their reconstructions).
+A run writes into --out:  checkpoint.pt  (weights, EMA weights, optimisers, step),  log.csv  (every logged value)  and
+reconstructions-STEP.png  (held-out images beside their reconstructions).
 
 From top to bottom, each function below the one that calls it:
 
