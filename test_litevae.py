@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -2729,8 +2730,38 @@ def test_recon_on_cuda_has_the_numbers_of_the_cpu(folder, vae_file, inception_fi
     for name in ("n", "psnr", "ssim", "lpips", "rfid"):
         assert found[name] == pytest.approx(expected[name], rel=1e-2 if name == "rfid" else 1e-3), name
 
+# --- assets/results.md --------------------------------------------------------------------------------
 
-# --- Slow: python -m pytest -m slow -s -------------------------------------------------------------------
+
+def test_the_table_of_results_is_that_of_its_runs():
+    """Differences from the quick start, paired over images, with the variance over images and over seeds."""
+    runs = rows(HERE / "assets", "results.csv")
+    text = (HERE / "assets" / "results.md").read_text()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `--")]
+    keys = {"kodak_psnrs": 2, "builtin_psnrs": 2, "kodak_ssim": 3}  # and the digits that are shown
+    names = list(dict.fromkeys(run["row"] for run in runs))
+    of = {(name, key): np.array([[float(value) for value in run[key].split()] for run in runs if run["row"] == name])
+          for name in names for key in keys}  # (seeds, images)
+    variances = {key: [of[name, key].mean(1).var(ddof=1) for name in names if len(of[name, key]) > 1] for key in keys}
+
+    expected = {}
+    for name in set(names) - {"base"}:
+        cells = []
+        for key, digits in keys.items():
+            row, base = of[name, key], of["base", key]
+            paired = row.mean(0) - base.mean(0)
+            error = np.mean(variances[key]) * (1 / len(row) + 1 / len(base))
+            error += paired.var(ddof=1) / len(paired) if len(paired) > 1 else 0
+            cells.append(f"{paired.mean():+.{digits}f} ± {error ** 0.5:.{digits}f}")
+        [option] = {run["command"].partition(" --seed")[0].removeprefix("python train.py ")
+                    for run in runs if run["row"] == name}
+        expected[f"`{option}`"] = [*cells, str(len(row))]
+
+    assert {row[0]: row[-4:] for row in table} == expected
+
+
+
+# --- Slow: python -m pytest -m slow -s ----------------------------------------------------------------
 
 
 def shapes(seed, count):
@@ -2770,8 +2801,12 @@ def share_named(network, images, labels):
     return (network(images).argmax(dim=1) == labels).float().mean().item()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a mark that no configuration file names
+    slow = pytest.mark.slow
+
+
+@slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_samples_of_the_quick_start_show_their_class(seed, request, tmp_path):
     if "slow" not in request.config.option.markexpr:
