@@ -2,6 +2,7 @@
 
     pip install -r requirements.txt pytest PyWavelets scikit-image diffusers spandrel pytorch-fid pytest-xdist
     python -m pytest -n 2
+    python -m pytest -m slow -s        the samples of the diffusion quick start, named by a classifier: minutes
 
 No network; a GPU only for the tests named cuda, which are skipped without one. What a test compares with is an oracle
 (PyWavelets, diffusers, spandrel, lpips, pytorch-fid, scikit-image, scipy, torchvision, torch.distributions), the
