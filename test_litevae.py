@@ -354,7 +354,7 @@ def vae_file(tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch):
     """A fake GPU under bf16 autocast: `with gpu:` watches what is computed on it."""
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
         pytest.skip("this build of torch does not know CUDA's rules")
     torch._C._ensureCUDADeviceGuardSet()
     watch, attention = FakeGPU(), F.scaled_dot_product_attention
@@ -1590,7 +1590,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(
 
     assert run(SCRIPTS[name], *(options if "COMMAND" not in words else [])) == 1
 
-    error = capsys.readouterr().err
+    error = re.sub(r"^Downloading: .*\n", "", capsys.readouterr().err)  # torch's own line, up to 2.6
     assert words in error and error.startswith(f"{name}: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
