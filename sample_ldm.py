@@ -418,6 +418,7 @@ def prepare(args, machine, checkpoint):
         denoiser, vae = build(checkpoint, ema=False)
     else:
         vae = LiteVAE.from_checkpoint(checkpoint)
+        train.check_resolution(vae, args.resolution)
         factor = vae.config.scaling_factor
         if not 0 < factor < math.inf:
             raise CheckpointError(f"{args.vae} has a scaling factor of {factor}: diffusion cannot train with it")

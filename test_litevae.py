@@ -1595,6 +1595,17 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("script, option", [(train, "--init"), (sample_ldm, "--vae")])
+def test_a_vit_is_trained_at_its_resolution_alone(script, option, tmp_path, capsys):
+    save_checkpoint(tmp_path / "vit.pt", small_variant(aggregator="vit", resolution=24))
+    start = ["train"] if script is sample_ldm else []
+
+    assert run(script, *start, option, tmp_path / "vit.pt", "--resolution", 16, "--out", tmp_path / "new",
+               "--device", "cpu") == 1
+
+    assert "it needs --resolution 24" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_ctrl_c_outside_the_loop_leaves_no_traceback(tmp_path, vae_file, monkeypatch, capsys):
     monkeypatch.setattr(train, "prepare", mock.Mock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(train.Machine, "images", mock.Mock(side_effect=KeyboardInterrupt))

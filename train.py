@@ -101,7 +101,7 @@ SWITCHES = {"model": ENCODER, "perceptual": ("weight_perceptual",), "discriminat
     "disc_channels", "disc_start", "disc_warmup", "adv_loss", "weight_adv", "adaptive_weight", "grad_ratio")}
 
 HELD_OUT = 64  # images at most
-TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # a LiteVAE-S to try; the README says how it was trained
+TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # to try; assets/results.md says how it was trained
 
 
 # --- 2  Options ---------------------------------------------------------------------------------------
@@ -313,6 +313,7 @@ def prepare(args, machine, checkpoint):
         discriminator = build_discriminator(args)
     except ValueError as error:  # a checkpoint, a resolution or a latent that does not fit
         raise UsageError(str(error))
+    check_resolution(vae, args.resolution)
     perceptual = None
     if args.perceptual != "none" and args.weight_perceptual:
         try:
@@ -336,6 +337,12 @@ def prepare(args, machine, checkpoint):
     kind = AblationTask if args.weight_ldl or args.adaptive_weight or args.grad_ratio else AutoencoderTask
     task = kind(args, machine, vae, held_out, perceptual, discriminator)
     return task, dataset, resume(task, checkpoint) if args.resume else 0
+
+
+def check_resolution(vae, resolution):
+    """UsageError if the autoencoder has a ViT aggregator, which takes images of one resolution alone (Table 20)."""
+    if vae.config.get("resolution") not in (None, resolution):
+        raise UsageError(f"the autoencoder has a ViT aggregator: it needs --resolution {vae.config.resolution}")
 
 
 def fit(task, dataset, start):
@@ -1038,7 +1045,7 @@ def run_script(name, work):
     finally:
         # Loaders ignore SIGTERM, by which Python ends them: after an error it would wait for them without end.
         loaders = multiprocessing.active_children()
-        if loaders:
+        if loaders and hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when one dies
         for loader in loaders:
             loader.kill()
