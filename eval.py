@@ -1,8 +1,8 @@
 """Measure LiteVAE: the numbers of the paper's tables and figures, each with its definition in code.
 
     python eval.py recon --vae CKPT [--data DIR]         PSNR, SSIM, LPIPS, rFID and a picture       Table 1
+    python eval.py recon --resolution 32 64 128 ...      the same at several resolutions             Figs. 5 and 8
     python eval.py fid A B                               FID between folders or saved statistics     Table 7
-    python eval.py scale --vae CKPT [CKPT ...]           all metrics at resolutions 32 to 512        Figs. 5 and 8
     python eval.py mmd --vae CKPT                        latents against a standard Gaussian         Table 6
     python eval.py cost                                  encoders against Stable Diffusion's         Table 3
     python eval.py latents --vae CKPT [IMAGE ...]        latents as pictures                         Figs. 2 and 4
@@ -15,7 +15,7 @@ the built-in images of train.py. From top to bottom:
     2  FID                     InceptionV3, FeatureStatistics, frechet_distance
     3  MMD                     mmd2
     4  Cost                    count_macs, peak_memory, throughput
-    5  Commands                recon, fid, scale, mmd, cost, latents, features
+    5  Commands                recon, fid, mmd, cost, latents, features
     6  Images and weights      Images, load_vae, load_metrics, encode
     7  Arguments and main
 """
@@ -200,7 +200,7 @@ def load_inception(source=None):
             published = hashlib.sha256(path.read_bytes()).hexdigest().startswith("6726825d")
         except Exception as error:
             raise train.UsageError(f"FID needs the Inception weights {INCEPTION_URL}: put the file at {path}, name it "
-                                   "with --inception FILE, or leave out rFID in recon and scale: --no-fid (loading "
+                                   "with --inception FILE, or leave out rFID in recon: --no-fid (loading "
                                    f"failed with: {one_line(error)})") from None
         net.label = "published weights" if published else f"{path.name}, not the published weights"
     return net.requires_grad_(False).eval()
@@ -368,40 +368,41 @@ def measure(vae, images, args, machine, metrics, inception):
     return numbers, pairs
 
 
-def measure_all(args, paths, resolutions):
-    """What recon and scale share: a printed table; returns its rows as dicts, and the last pairs."""
-    machine = exact_machine(args.device)
-    vaes = [load_vae(path, args, machine) for path in paths]
-    resolutions = resolutions or [vaes[0][1]]  # that of training
-    metrics, inception, titles = load_metrics(args, machine, resolutions)
-    records = []
-    for resolution in resolutions:
-        images = Images(args.data, resolution, args.limit, args.resize)
-        for path, (vae, _) in zip(paths, vaes):
-            numbers, pairs = measure(vae, images, args, machine, metrics, inception)
-            records.append({"vae": path, "resolution": resolution, **numbers})
-    print(f"{numbers['n']} {images.name} at {', '.join(f'{r}x{r}' for r in resolutions)}")
-    print_table([["", "resolution", *titles.values()],
-                 *([r["vae"], str(r["resolution"]), *(f"{r[key]:.4g}" for key in titles)] for r in records)])
-    if inception:
-        warn_about_fid(numbers["n"])
-    return records, pairs
-
-
 def recon(args):
     """Reconstruct images and measure PSNR, SSIM, LPIPS and rFID (Table 1).
 
-    Writes a picture of inputs, reconstructions and twice their difference. Needs the weights of LPIPS and of
-    Inception, unless left out. With the quick start's model an image of 256x256 takes 0.2 s, LPIPS adds 0.5 s
-    (vgg; alex 0.1 s), rFID 0.1 s.
+    Takes one or several checkpoints, at one or several resolutions (Figs. 5 and 8); with one of each it writes a
+    picture of inputs, reconstructions and twice their difference. Images smaller than a resolution are enlarged to it.
+    Needs the weights of LPIPS and of Inception, unless left out. With the quick start's model an image of 256x256 takes
+    0.2 s, LPIPS adds 0.5 s (vgg; alex 0.1 s), rFID 0.1 s.
     """
-    [numbers], pairs = measure_all(args, [args.vae], args.resolution and [args.resolution])
-    out = picture(args, args.vae, f"recon-{data_name(args)}-{numbers['resolution']}.png")
+    if args.out and len(args.vae) * len(args.resolution or [0]) > 1:
+        raise train.UsageError("--out names the picture of one checkpoint at one resolution, and here are more: leave "
+                               "it out")
+    machine = exact_machine(args.device)
+    vaes = [load_vae(path, args, machine) for path in args.vae]
+    resolutions = args.resolution or [vaes[0][1]]  # that of training
+    metrics, inception, titles = load_metrics(args, machine, resolutions)
+    results = []
+    for resolution in resolutions:
+        images = Images(args.data, resolution, args.limit, args.resize)
+        for path, (vae, _) in zip(args.vae, vaes):
+            numbers, pairs = measure(vae, images, args, machine, metrics, inception)
+            results.append({"vae": path, "resolution": resolution, **numbers})
+    print(f"{numbers['n']} {images.name} at {', '.join(f'{r}x{r}' for r in resolutions)}")
+    print_table([["", "resolution", *titles.values()],
+                 *([r["vae"], str(r["resolution"]), *(f"{r[key]:.4g}" for key in titles)] for r in results)])
+    if inception:
+        warn_about_fid(numbers["n"])
+    if len(results) > 1:
+        return {"results": results}
+    data = Path(args.data).resolve().name if args.data else "builtin"
+    out = picture(args, path, f"recon-{data}-{resolution}.png")
     # The difference is shown around grey, twice as strong as it is.
     tiles = [[x, y, 2 * (y.clamp(-1, 1) - x)] for x, y in pairs]
     train.save_grid(out, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)])
     print(f"Inputs, reconstructions and twice their difference: {out}")
-    return numbers
+    return results[0]
 
 
 def fid_command(args):
@@ -442,14 +443,7 @@ def fid_command(args):
     return numbers
 
 
-def scale(args):
-    """The metrics of recon at several resolutions, for one or several checkpoints (Figs. 5 and 8).
-
-    Images smaller than a resolution are enlarged to it: use photographs of 512 pixels or more. Needs what recon needs.
-    With the quick start's model the five resolutions of an image take 1.2 s without LPIPS and rFID.
-    """
-    records, _ = measure_all(args, args.vae, args.resolutions)
-    return {"results": records}
+MMD_REPEATS = 10
 
 
 def mmd(args):
@@ -464,22 +458,20 @@ def mmd(args):
     vae, _ = load_vae(args.vae, args, machine)
     images = Images(args.data, args.resolution or 256, args.limit or (4096 if args.data else None))
     factor = vae.config.scaling_factor
-    noise = torch.Generator().manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed + 1)
+    noise, generator = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
     latents = torch.cat([encode(vae, machine.images(batch), args.sample, noise).cpu().flatten(1) * factor
                          for batch in images.batches(args.batch_size, machine)])  # (N, nz h w)
     half, dim = len(latents) // 2, latents.shape[1]
-    if half < 2 or args.repeats < 2:
-        raise train.UsageError(f"mmd needs at least 4 images that can be read, and there are {len(latents)}, and at "
-                               f"least 2 --repeats, here {args.repeats}")
+    if half < 2:
+        raise train.UsageError(f"mmd needs at least 4 images that can be read, and there are {len(latents)}")
     values = []
-    for _ in range(args.repeats):
+    for _ in range(MMD_REPEATS):
         chosen = latents[torch.randperm(len(latents), generator=generator)[:half]]
         values.append(mmd2(chosen, torch.randn(half, dim, generator=generator), args.bandwidths))
     mmd2s = {f"{sigma:g}": {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1))}
              for sigma, v in zip(args.bandwidths, zip(*values))}
     print(f"{len(latents)} {images.name} at {images.resolution}x{images.resolution}; latents of {dim} numbers, times "
-          f"{factor}\nSquared MMD (unbiased) against N(0, 1), in thousandths: mean and std over {args.repeats} repeats,"
+          f"{factor}\nSquared MMD (unbiased) against N(0, 1), in thousandths: mean and std over {MMD_REPEATS} repeats,"
           f"\neach with a random choice of {half} latents and as many new Gaussian vectors")
     print_table([["sigma", "MMD^2 x 1000"],
                  *([sigma, f"{1e3 * v['mean']:.3f} ± {1e3 * v['std']:.3f}"] for sigma, v in mmd2s.items())])
@@ -500,14 +492,12 @@ def cost(args):
     image = image.to(machine.device, dtype, memory_format=machine.memory_format)
     threads = f"{machine.device}, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name(machine.device) if cuda else threads
-    print(f"{where}; PyTorch {torch.__version__}; {args.precision}{', compiled' if args.compile else ''}; batch "
+    print(f"{where}; PyTorch {torch.__version__}; {args.precision}; batch "
           f"{len(image)} at {resolution}x{resolution}; medians of {args.rounds} interleaved rounds", flush=True)
     encoders, results = {}, {}
     for name, build in ENCODERS.items():
         encoder = encoders[name] = build().eval().to(machine.device, dtype, memory_format=machine.memory_format)
-        if args.compile:
-            encoder.compile()
-        encoder(image)  # finds the fastest algorithms; compiles
+        encoder(image)  # finds the fastest algorithms
         results[name] = {"params": sum(p.numel() for p in encoder.parameters()), "macs": count_macs(build, resolution),
                          "peak_memory": peak_memory(encoder, image)}
     speeds = throughput(encoders, image, args.rounds)
@@ -584,7 +574,7 @@ def features(args):
     print(f"{f.shape[1]} maps of {f.shape[2]}x{f.shape[3]} over {len(x)} images, "
           f"{'SMC' if vae.config.use_smc else 'GroupNorm'} decoder")
     print(f"strongest map over the median map (RMS): {imbalance:.2f}; largest value of a map over its RMS: {spots:.2f}")
-    order = rms.argsort(descending=True)[:args.maps]
+    order = rms.argsort(descending=True)[:7]
     # One scale for all maps of a row, which shows how much stronger some are than others.
     rows = [[image, *(2 * f[i, c].expand(3, -1, -1) / f[i, order].amax().clamp_min(1e-12) - 1 for c in order)]
             for i, image in enumerate(F.interpolate(x, f.shape[2:], mode="area"))]
@@ -681,17 +671,12 @@ def picture(args, vae, name):
     return path
 
 
-def data_name(args):
-    return Path(args.data).resolve().name if args.data else "builtin"
-
-
 def load_vae(path, args, machine):
     """The autoencoder of a checkpoint, which is named in print, and the resolution it was trained at (or 256)."""
     checkpoint = load_checkpoint(path)
-    vae = LiteVAE.from_checkpoint(checkpoint, ema=not args.raw_weights)
-    vae.eval().requires_grad_(False).to(machine.device, memory_format=machine.memory_format)
-    print(f"{path}: {vae.name}, nz {vae.config.latent_dim}, "
-          f"{'raw' if args.raw_weights or 'ema' not in checkpoint else 'EMA'} weights, "
+    vae = LiteVAE.from_checkpoint(checkpoint).requires_grad_(False)
+    vae.to(machine.device, memory_format=machine.memory_format)
+    print(f"{path}: {vae.name}, nz {vae.config.latent_dim}, {'EMA' if 'ema' in checkpoint else 'raw'} weights, "
           f"{'sampled latents' if args.sample else 'posterior mean'}")
     return vae, checkpoint.get("args", {}).get("resolution", 256)
 
@@ -787,7 +772,7 @@ png_file = train.checked(output_file, lambda text: text.endswith(".png"), "a nam
 def build_parser():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
-    for run in (recon, fid_command, scale, mmd, cost, latents, features):
+    for run in (recon, fid_command, mmd, cost, latents, features):
         name, about = run.__name__.removesuffix("_command"), run.__doc__.split("\n")[0]
         parsers[name] = commands.add_parser(name, help=about, description=run.__doc__)
         parsers[name].set_defaults(run=run)
@@ -801,24 +786,25 @@ def build_parser():
     count, side = {"metavar": "N", "type": train.positive_int}, {"metavar": "R", "type": train.multiple_of_8}
     file, switch = {"metavar": "FILE", "type": output_file}, {"action": "store_true"}
 
-    add("recon mmd latents features", "--vae", metavar="CKPT", default=shipped, help="checkpoint, or released Stable "
-        "Diffusion VAE (default: the LiteVAE-S that comes with this repository)")
-    add("recon scale mmd latents features", "--raw-weights", **switch, help="raw weights (default: the EMA weights)")
-    add("recon scale mmd latents features", "--sample", **switch, help="sample the latent (default: posterior mean)")
-    add("recon mmd cost latents features", "--resolution", **side, help="images become their centre square, resized to "
-        "R x R pixels, a multiple of 8 (default: the resolution of training; of mmd and cost: 256)")
-    add("recon scale mmd", "--data", metavar="DIR", help="folder of images, searched recursively (default: built-in "
-        "images)")
-    add("recon fid scale mmd", "--limit", **count, help="only the first N images (default: all, of mmd 4096; or 64 "
-        "built-in ones)")
-    add("recon scale mmd", "--batch-size", **count, help="images at a time (default: 64, fewer above 256x256 "
-        "pixels; on a CPU as many as make 256x256 pixels)")
-    add("recon fid scale", "--resize", choices=["bicubic", "bilinear"], default="bicubic", help="bicubic with "
-        "antialiasing, as in training; bilinear without, as in LDM's evaluation and so the paper's (default: bicubic)")
-    add("recon scale", "--lpips-net", choices=["vgg", "alex", "squeeze", "none"], default="vgg", help="LPIPS's "
-        "network, or none (default: vgg, which the SD-VAE's published values fit)")
-    add("recon scale", "--no-fid", **switch, help="leave rFID out (default: measure it)")
-    add("recon fid scale", "--inception", metavar="FILE", help="Inception weights, or the word random: random "
+    checkpoint = "checkpoint, or released Stable Diffusion VAE (default: the LiteVAE-S that comes with this repository)"
+    squares = "images become their centre square, resized to R x R pixels, a multiple of 8 (default: the resolution of " \
+              "training; of mmd and cost: 256)"
+    add("recon", "--vae", metavar="CKPT", nargs="+", default=[shipped], help=f"one or several: {checkpoint}")
+    add("recon", "--resolution", nargs="+", **side, help=f"one or several: {squares}")
+    add("mmd latents features", "--vae", metavar="CKPT", default=shipped, help=checkpoint)
+    add("mmd cost latents features", "--resolution", **side, help=squares)
+    add("recon mmd latents features", "--sample", **switch, help="sample the latent (default: posterior mean)")
+    add("recon mmd", "--data", metavar="DIR", help="folder of images, searched recursively (default: built-in images)")
+    add("recon fid mmd", "--limit", **count, help="only the first N images (default: all, of mmd 4096; or 64 built-in "
+        "ones)")
+    add("recon mmd", "--batch-size", **count, help="images at a time (default: 64, fewer above 256x256 pixels; on a "
+        "CPU as many as make 256x256 pixels)")
+    add("recon fid", "--resize", choices=["bicubic", "bilinear"], default="bicubic", help="bicubic with antialiasing, "
+        "as in training; bilinear without, as in LDM's evaluation and so the paper's (default: bicubic)")
+    add("recon", "--lpips-net", choices=["vgg", "alex", "squeeze", "none"], default="vgg", help="LPIPS's network, or "
+        "none (default: vgg, which the SD-VAE's published values fit)")
+    add("recon", "--no-fid", **switch, help="leave rFID out (default: measure it)")
+    add("recon fid", "--inception", metavar="FILE", help="Inception weights, or the word random: random "
         f"features, for trying things out (default: {INCEPTION_FILE} in torch's hub cache, else downloaded)")
     add("recon latents features", "--out", metavar="FILE.png", type=png_file, help="the picture (default: beside "
         "the checkpoint, named after command and data)")
@@ -831,21 +817,13 @@ def build_parser():
     add("fid", "--batch-size", **count, default=64, help="images at a time (default: 64)")
     add("fid", "--resolution", **side, help="centre squares of R x R pixels, as in training (default: whole images, "
         "each squashed to 299x299)")
-    add("scale", "--vae", metavar="CKPT", default=[shipped], nargs="+", help="one or several checkpoints (default: the "
-        "LiteVAE-S that comes with this repository)")
-    add("scale", "--resolutions", **side, nargs="+", default=[32, 64, 128, 256, 512], help="sides of the square "
-        "images in pixels (default: 32 64 128 256 512)")
     add("mmd", "--bandwidths", metavar="SIGMA", type=train.positive, nargs="+", default=[25, 50, 100, 250, 500],
         help="of the kernels (default: 25 50 100 250 500)")
-    add("mmd", "--repeats", **count, default=10, help="at least 2 (default: 10)")
-    add("mmd", "--seed", metavar="S", type=train.seed, default=0, help="of all random choices (default: 0)")
     add("cost", "--batch-size", **count, help="images at a time (default: 32 on a GPU, else 2)")
     add("cost", "--precision", choices=["fp32", "bf16"], default="fp32", help="number format (default: fp32)")
-    add("cost", "--compile", **switch, help="torch.compile each encoder, minutes (default: no)")
     add("cost", "--rounds", **count, default=9, help="measurements of each encoder (default: 9)")
     add("latents", "images", metavar="IMAGE", nargs="*", help="image files (default: 8 built-in images)")
     add("features", "images", metavar="IMAGE", nargs="*", help="image files (default: 2 built-in images)")
-    add("features", "--maps", **count, default=7, help="maps to show (default: 7)")
     return parser
 
 

@@ -557,7 +557,7 @@ def sample(args):
         if name not in classes:
             raise train.UsageError(f"--class {name} is unknown: " + (
                 f"the classes are {', '.join(classes)}" if classes else "this model was trained without classes"))
-    denoiser, vae = build(checkpoint, ema=not args.raw_weights)
+    denoiser, vae = build(checkpoint)
     height, width = args.size or (checkpoint["resolution"], checkpoint["resolution"])
     machine = train.Machine(args.device, args.precision)
     for module in (denoiser, vae):
@@ -685,7 +685,6 @@ def build_parser():
         f"classes; 1 is without (default: {GUIDANCE:g})")
     add("--churn", type=train.non_negative, default=CHURN, help="S_churn of EDM's stochastic sampler, Algorithm 2; "
         f"0 is Heun's method, Algorithm 1 (default: {CHURN:g})")
-    add("--raw-weights", action="store_true", help="sample with the raw weights instead of the EMA weights")
     add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="of the networks; auto is bf16 where it is fast (default: auto)")
