@@ -25,8 +25,6 @@ B images, C channels, H x W pixels, h x w = H/8 x W/8 latent positions, nz laten
 
 Comments have tags:  # Paper:  the source of a line;  # Differs:  from the pseudocode or a cited work,
 and why;  # Unspecified:  the paper is silent, the choice, and why.
-
-    python litevae.py        prints the sizes with their parameter counts
 """
 
 import json
@@ -1049,19 +1047,6 @@ def load_weights(build, weights):
 
 def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def main():
-    """Print each size's parameter count beside the paper's."""
-    print("encoder      parameters    paper (Tables 2, 3)")
-    for size, paper in {"S": "1.03 M", "B": "6.75 M", "M": "32.75 M", "L": "41.42 M"}.items():
-        with torch.device("meta"):  # nothing is allocated
-            count = sum(p.numel() for p in build_encoder(size).parameters())
-        print(f"LiteVAE-{size}   {count:12,}    {paper:>7}")
-
-
-if __name__ == "__main__":
-    main()
 
 
 # ======================================================================================================

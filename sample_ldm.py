@@ -386,7 +386,7 @@ class DiffusionTask:
                 loss = diffusion_loss(self.ema.model, x, sigma.to(x), eps.to(x), label)
             losses.append(len(x) * loss)
         label = class_labels(range(16), self.classes, None, self.machine)
-        images = draw(self.ema.model, self.vae, self.machine, ImageNoise(0, range(16)), side, side, label)
+        images = draw(self.ema.model, self.vae, self.machine, ImageNoise(0, range(16)), side, label)
         train.save_grid(Path(args.out, f"samples-{step:06}.png"), [images[:8], images[8:]])
         return {"val_loss": (sum(losses) / count).item()}
 
@@ -411,7 +411,7 @@ def prepare(args, machine, checkpoint):
     classes, label = [], None
     if args.class_cond:
         classes = checkpoint["classes"] if args.resume else find_classes(args.data)
-        label = functools.partial(class_number, classes)
+        label = lambda file, root: classes.index(class_of(file, root, classes))  # noqa: E731
     torch.manual_seed(args.seed)
     dataset, held_out = train.open_images(args, train.Shapes, label)
     if args.resume:
@@ -439,19 +439,13 @@ def find_classes(folder):
     return classes
 
 
-def class_of(file, root):
-    """The first folder on the way from `root` to an image. UsageError if the image is in `root` itself."""
+def class_of(file, root, classes=None):
+    """The first folder on the way from `root` to an image. UsageError if there is none, or if it is no class."""
     first, *below = Path(file).relative_to(root).parts
-    if not below:
+    if not below or (classes and first not in classes):
         raise train.UsageError(f"{file} is in no folder that could be its class: --class-cond takes the sub-folders of "
-                               f"{root}, two or more")
+                               "--data, two or more")
     return first
-
-
-def class_number(classes, file, root):
-    if class_of(file, root) not in classes:
-        raise train.UsageError(f"{file} is in no folder that is named like one of the {len(classes)} classes")
-    return classes.index(class_of(file, root))
 
 
 # --- 5  Latents ---------------------------------------------------------------------------------------
@@ -558,7 +552,7 @@ def sample(args):
             raise train.UsageError(f"--class {name} is unknown: " + (
                 f"the classes are {', '.join(classes)}" if classes else "this model was trained without classes"))
     denoiser, vae = build(checkpoint)
-    height, width = args.size or (checkpoint["resolution"], checkpoint["resolution"])
+    side = checkpoint["resolution"]
     machine = train.Machine(args.device, args.precision)
     for module in (denoiser, vae):
         module.to(machine.device).eval().requires_grad_(False)
@@ -576,8 +570,8 @@ def sample(args):
         for first in range(0, len(mine), batch_size):
             numbers = mine[first:first + batch_size]
             label = class_labels(numbers, classes, args.classes, machine)
-            images = draw(denoiser, vae, machine, ImageNoise(args.seed, numbers), height // 8, width // 8, label,
-                          args.steps, args.guidance, args.churn)
+            images = draw(denoiser, vae, machine, ImageNoise(args.seed, numbers), side // 8, label, args.steps,
+                          args.guidance, args.churn)
             if not images.isfinite().all():
                 raise train.UsageError("the samples are not finite: try --precision fp32, or an earlier checkpoint")
             for number, image in zip(numbers, images):
@@ -589,18 +583,18 @@ def sample(args):
         files = sorted(folder.glob("*.png"))[:64]
         shown = [train.as_tensor(np.asarray(train.open_rgb(path))) / 127.5 - 1 for path in files]
         train.save_grid(out / "grid.png", [shown[i:i + 8] for i in range(0, len(shown), 8)])
-        print(f"{args.n} images of {height}x{width}: {folder}, the first of them: {out / 'grid.png'}")
+        print(f"{args.n} images of {side}x{side}: {folder}, the first of them: {out / 'grid.png'}")
     return 0
 
 
 @torch.no_grad()
-def draw(denoiser, vae, machine, noise, h, w, label=None, steps=STEPS, guidance=GUIDANCE, churn=CHURN):
-    """Images, (B, 3, 8h, 8w), about [-1, 1], on the CPU, from an ImageNoise."""
-    shape = (denoiser.net.config.latent_dim, h, w)
+def draw(denoiser, vae, machine, noise, side, label=None, steps=STEPS, guidance=GUIDANCE, churn=CHURN):
+    """Images, (B, 3, 8 side, 8 side), about [-1, 1], on the CPU, from an ImageNoise."""
+    shape = (denoiser.net.config.latent_dim, side, side)
     randn = lambda: noise(shape).to(machine.device)  # noqa: E731
     sigmas, denoise = sigma_schedule(steps), guided(denoiser, label, guidance)
     with machine.autocast():
-        x = sigmas[0] * randn()  # (B, nz, h, w)
+        x = sigmas[0] * randn()  # (B, nz, side, side)
         x = stochastic_sampler(denoise, x, sigmas, randn, churn) if churn else heun_sampler(denoise, x, sigmas)
         return decode(vae, x).cpu()
 
@@ -678,7 +672,6 @@ def build_parser():
     add("--steps", type=train.positive_int, default=STEPS, help=f"noise levels of the sampler (default: {STEPS})")
     add("--seed", type=train.seed, default=0, help="image i depends on the seed and on i alone (default: 0)")
     add("--batch-size", type=train.positive_int, help="images at a time (default: 64, on a CPU 8)")
-    add("--size", type=size, metavar="S|HxW", help="pixels, multiples of 8, such as 64x96 (default: that of training)")
     add("--out", metavar="DIR", type=Path, help="folder for the images (default: samples, beside the checkpoint)")
     add("--class", dest="classes", metavar="NAME", nargs="+", help="classes to sample, in turn (default: all)")
     add("--guidance", type=train.number, default=GUIDANCE, help="strength of classifier-free guidance, of models with "
@@ -689,12 +682,6 @@ def build_parser():
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="of the networks; auto is bf16 where it is fast (default: auto)")
     return parser
-
-
-def size(text):
-    """96 or 64x96 -> (height, width)"""
-    height, _, width = text.partition("x")
-    return train.multiple_of_8(height), train.multiple_of_8(width or height)
 
 
 def merge(typed):
