@@ -2139,6 +2139,7 @@ def test_the_tables_of_results_are_those_of_their_runs():
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert {cells[0]: cells[4:9] for cells in table if cells[0] in expected} == expected
 
+
 # --- Slow: python -m pytest -m slow -s ----------------------------------------------------------------
 
 
