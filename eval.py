@@ -787,8 +787,8 @@ def build_parser():
     file, switch = {"metavar": "FILE", "type": output_file}, {"action": "store_true"}
 
     checkpoint = "checkpoint, or released Stable Diffusion VAE (default: the LiteVAE-S that comes with this repository)"
-    squares = "images become their centre square, resized to R x R pixels, a multiple of 8 (default: the resolution of " \
-              "training; of mmd and cost: 256)"
+    squares = "images become their centre square, resized to R x R pixels, a multiple of 8 (default: the resolution " \
+              "of training; of mmd and cost: 256)"
     add("recon", "--vae", metavar="CKPT", nargs="+", default=[shipped], help=f"one or several: {checkpoint}")
     add("recon", "--resolution", nargs="+", **side, help=f"one or several: {squares}")
     add("mmd latents features", "--vae", metavar="CKPT", default=shipped, help=checkpoint)
