@@ -586,15 +586,15 @@ class Autoencoder(nn.Module):
         return DecoderOutput(image, wavelet)
 
     @staticmethod
-    def from_checkpoint(checkpoint, device="cpu", ema=True):
+    def from_checkpoint(checkpoint, device="cpu"):
         """The autoencoder in a file, or in load_checkpoint's dict, in eval mode; of any class in MODELS.
 
-        `ema` picks the EMA weights where there are any. FileNotFoundError if there is no such file, CheckpointError
-        if it is damaged or its weights do not fit its config.
+        Its EMA weights, where there are any. FileNotFoundError if there is no such file, CheckpointError if it is
+        damaged or its weights do not fit its config.
         """
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
-        weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint.get("model")
+        weights = checkpoint.get("ema", checkpoint.get("model"))
         return load_weights(lambda: build_autoencoder(checkpoint.get("config")), weights).to(device).eval()
 
     dtype = property(lambda self: self.decoder.conv_in.weight.dtype)

@@ -238,7 +238,7 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wrong_files(tmp_path_factory):
-    """Files and folders that the commands above cannot use."""
+    """Files and folders that no command can use."""
     tmp = tmp_path_factory.mktemp("wrong")
     for name, n in (("empty", 0), ("one", 1), ("two", 2)):
         (tmp / name).mkdir()
