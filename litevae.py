@@ -941,8 +941,6 @@ def load_checkpoint(path, format=CHECKPOINT_FORMAT):
     try:
         content = read_tensors(path)
         if content.get("format") == format:
-            if not all(isinstance(content.get(key, {}), dict) for key in ("config", "args", "training", "vae")):
-                raise ValueError("what describes its model is no dict")
             return content
         if format == CHECKPOINT_FORMAT and "format" not in content:
             return released_sd_vae(content)
@@ -1028,8 +1026,7 @@ def load_weights(build, weights):
         with torch.device("meta"):  # allocates nothing, whatever size the file describes
             module = build()
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()
-                 if tensor.layout == torch.strided and not tensor.is_meta}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint describes no model of this program ({one_line(error)})") from None
     for name in [*expected, *found]:

@@ -14,7 +14,7 @@ sampling needs that one file. From top to bottom:
     3  The network   LDM             UNet, PRESETS
     4  The step                      DiffusionTask
     5  Latents       Sec. 1          encode, decode, CachedLatents
-    6  Checkpoints                   save_ldm, load_ldm
+    6  Checkpoints                   save_ldm, build
     7  Sampling images               sample, draw
     8  Options                       the two recipes, build_parser, main
 
@@ -38,8 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import train
-from litevae import (CheckpointError, Config, LiteVAE, group_norm, load_checkpoint, load_weights, upsample,
-                     write_checkpoint)
+from litevae import Config, LiteVAE, group_norm, load_checkpoint, load_weights, upsample, write_checkpoint
 
 # --- 1  Diffusion (App. C, EDM Sec. 5 and Table 1) ----------------------------------------------------
 # x_t = x + sigma(t) eps with eps ~ N(0, I), and EDM's choice sigma(t) = t: time is the noise level. The
@@ -419,14 +418,11 @@ def prepare(args, machine, checkpoint):
     else:
         vae = LiteVAE.from_checkpoint(checkpoint)
         train.check_resolution(vae, args.resolution)
-        factor = vae.config.scaling_factor
-        if not 0 < factor < math.inf:
-            raise CheckpointError(f"{args.vae} has a scaling factor of {factor}: diffusion cannot train with it")
         denoiser = Denoiser(UNet(vae.config.latent_dim, **PRESETS[args.model], classes=len(classes)))
     task = DiffusionTask(args, machine, denoiser, vae, held_out, classes)
     if args.cache_latents:
         dataset = CachedLatents(dataset, vae, args, machine)
-    return task, dataset, train.resume(task, checkpoint) if args.resume else 0
+    return task, dataset, task.resume(checkpoint) if args.resume else 0
 
 
 def find_classes(folder):
@@ -518,23 +514,10 @@ def save_ldm(path, denoiser, ema, vae, classes, resolution, **extra):
         "vae": {"config": dict(vae.config), "model": dict(vae.state_dict())}, **extra})
 
 
-def load_ldm(path):
-    """The dict that save_ldm wrote. FileNotFoundError or CheckpointError, in one sentence."""
-    checkpoint = load_checkpoint(path, LDM_FORMAT)
-    kinds = {"config": dict, "model": dict, "ema": dict, "vae": dict, "resolution": int, "classes": list}
-    missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    if missing:
-        raise CheckpointError(f"{path} holds no {' and no '.join(missing)}: it is no diffusion checkpoint")
-    return checkpoint
-
-
 def build(checkpoint, ema=True):
     """The Denoiser, with EMA weights or without, and the autoencoder of a checkpoint. CheckpointError."""
     denoiser = load_weights(lambda: Denoiser(UNet(**checkpoint["config"])), checkpoint["ema" if ema else "model"])
-    vae = LiteVAE.from_checkpoint(checkpoint["vae"])
-    if vae.config.latent_dim != denoiser.net.config.latent_dim:
-        raise CheckpointError("the denoiser and the autoencoder of the checkpoint do not belong together")
-    return denoiser, vae
+    return denoiser, LiteVAE.from_checkpoint(checkpoint["vae"])
 
 
 # --- 7  Sampling images -------------------------------------------------------------------------------
@@ -545,7 +528,7 @@ STEPS, GUIDANCE, CHURN = 36, 2.0, 20.0
 
 def sample(args):
     """Write images in batches, each from noise of its own, so that the batch size changes nothing."""
-    checkpoint = load_ldm(args.ldm)
+    checkpoint = load_checkpoint(args.ldm, LDM_FORMAT)
     classes = checkpoint["classes"]
     for name in args.classes or []:
         if name not in classes:
@@ -687,7 +670,7 @@ def build_parser():
 def merge(typed):
     """The options of `train` as a namespace, and the checkpoint of --resume or of --vae."""
     typed.setdefault("out", "runs/ldm")
-    options, checkpoint = train.merge(typed, DATA if "data" in typed else QUICK_START, load_ldm)
+    options, checkpoint = train.merge(typed, DATA if "data" in typed else QUICK_START, LDM_FORMAT)
     if not checkpoint:
         checkpoint = load_checkpoint(options["vae"])
         options["resolution"] = options["resolution"] or checkpoint.get("args", {}).get("resolution", 256)
@@ -695,15 +678,13 @@ def merge(typed):
 
 
 def main(argv=None):
-    def work():
-        args = build_parser().parse_args(argv)
-        if args.command == "sample":
-            return sample(args)
-        args, checkpoint = merge(vars(args))
-        machine = train.Machine(args.device, args.precision)
-        return train.fit(*prepare(args, machine, checkpoint))
-    return train.run_script("sample_ldm.py", work)
+    args = build_parser().parse_args(argv)
+    if args.command == "sample":
+        return sample(args)
+    args, checkpoint = merge(vars(args))
+    machine = train.Machine(args.device, args.precision)
+    return train.fit(*prepare(args, machine, checkpoint))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train.run_script(main))

@@ -119,7 +119,7 @@ NO_METRICS = ["--no-fid", "--lpips-net", "none"]
 
 def run(script, *args):
     """A script's main(); its exit status."""
-    return script.main([str(a) for a in args])
+    return train.run_script(script.main, [str(a) for a in args])
 
 
 def trained(out, *options, script=train):
@@ -1308,23 +1308,6 @@ def test_ctrl_c_outside_the_loop_leaves_no_traceback(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err == "train.py: stopped\n"
 
 
-def test_moments_of_another_memory_format_are_taken_up_by_value():
-    conv, other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
-    first, second = [torch.optim.Adam(module.parameters(), 1e-3, fused=True) for module in (conv, other)]
-    conv(torch.randn(2, 3, 8, 8)).square().mean().backward()
-    first.step()
-    state = copy.deepcopy(first.state_dict()["state"])
-    state[0]["exp_avg"] = state[0]["exp_avg"].contiguous(memory_format=torch.channels_last)
-    other.load_state_dict(conv.state_dict())
-
-    train.load_optimizer(second, state)
-    for module, adam in ((conv, first), (other, second)):
-        module.weight.grad = torch.ones_like(module.weight)
-        adam.step()
-
-    assert torch.equal(conv.weight, other.weight)
-
-
 def test_every_option_has_a_value_in_both_recipes_and_states_it(folder):
     commands = next(a for a in sample_ldm.build_parser()._actions if a.dest == "command").choices
 
@@ -1360,7 +1343,7 @@ def learning_rate(step, args):
     return rate(step, args)
 
 train.learning_rate = learning_rate
-sys.exit(train.main())
+sys.exit(train.run_script(train.main))
 """
 
 
@@ -1663,7 +1646,7 @@ SAMPLED = {  # options, and what they mean: classes, seed, guidance, churn
                                           pytest.param("stochastic", "cuda", marks=needs_cuda)])
 def test_samples_are_what_the_sampler_makes_of_the_noise(case, device, ldm_file, tmp_path, exact):
     options, label, seed, guidance, churn = SAMPLED[case]
-    (denoiser, vae), n = sample_ldm.build(sample_ldm.load_ldm(ldm_file)), len(label)
+    (denoiser, vae), n = sample_ldm.build(load_checkpoint(ldm_file, sample_ldm.LDM_FORMAT)), len(label)
     sigmas, noise, label = sample_ldm.sigma_schedule(3), sample_ldm.ImageNoise(seed, range(n)), torch.tensor(label)
 
     found = draw_samples(ldm_file, tmp_path / "a", "--device", device, *options.split())
@@ -1771,15 +1754,16 @@ def test_macs_are_those_of_the_reading_of_the_paper():
                       "LiteVAE-L": pytest.approx(233, abs=0.5)}
 
 
-def test_peak_memory_counts_what_is_held_at_once():
-    x, network = torch.zeros(1, 3, 100, 100), nn.Module()
+@needs_cuda
+def test_peak_memory_on_cuda_counts_what_is_held_at_once():
+    x, network = torch.zeros(1, 3, 100, 100, device="cuda"), nn.Module()
     network.p = nn.Parameter(torch.zeros(1000))
     network.forward = lambda x: x + 1 + 1 + 1  # two of the three sums at once
 
     with torch.no_grad():
         found = evaluation.peak_memory(network, x)
 
-    assert found == pytest.approx(4 * (1000 + 30_000 + 2 * 30_000), abs=200)
+    assert found == pytest.approx(4 * (1000 + 30_000 + 2 * 30_000), abs=2000)  # allocated in blocks of 512 bytes
 
 
 def test_throughput_is_measured_in_turns(monkeypatch):
@@ -1914,14 +1898,15 @@ def test_cost_measures_every_encoder_and_its_ratios(precision, size, tmp_path, m
     monkeypatch.setattr(evaluation, "ENCODERS", {k: v for k, v in evaluation.ENCODERS.items() if k[-1] in "ES"})
     speeds = {"SD-VAE": [1, 10, 2], "LiteVAE-S": [3, 20, 20]}  # within a round 3, 2 and 10 times as fast
     monkeypatch.setattr(evaluation, "throughput", lambda encoders, image, rounds: speeds)
+    monkeypatch.setattr(evaluation, "peak_memory", lambda encoder, image: count(encoder) * image.element_size())
 
     found = measured(tmp_path, "cost", "--resolution", 16, "--batch-size", 1, "--precision", precision)["encoders"]
 
     sd, s = found["SD-VAE"], found["LiteVAE-S"]
     assert (sd["params"], s["params"]) == (34_163_592, 1_038_596)
     assert (sd["images_per_second"], s["images_per_second"], sd["speedup"], s["speedup"]) == (2, 20, 1, 3)
-    assert sd["quartiles"] == [1.5, 6] and s["memory_ratio"] == pytest.approx(sd["peak_memory"] / s["peak_memory"])
-    assert 1 < sd["peak_memory"] / (size * 34_163_592) < 1.1
+    assert sd["quartiles"] == [1.5, 6] and sd["peak_memory"] == size * sd["params"]  # in that precision
+    assert s["memory_ratio"] == pytest.approx(sd["params"] / s["params"])
 
 
 def test_latents_show_what_they_measure(folder, tmp_path):

@@ -18,7 +18,7 @@ From top to bottom, each function below the one that calls it:
     3  The loop                prepare, fit
     4  The step                AutoencoderTask: Eq. 1 and the discriminator
     The method ends here. Below are its parts, and what every training script needs:
-    5  What options choose     config_of, build_discriminator, AblationTask
+    5  What options choose     config_of, AblationTask
     6  Images                  open_images, find_images, ImageFolder, DeadLeaves, Shapes, load_image
     7  PSNR and grids          psnr, save_grid
     8  The machine             batches, Machine: device, precision, processes
@@ -49,8 +49,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from litevae import (DWT_LATENTS, LOSS_WEIGHTS, LPIPS, PRESETS, CheckpointError, ESRGANPerceptual, LiteVAE,
-                     PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
+from litevae import (CHECKPOINT_FORMAT, DWT_LATENTS, LOSS_WEIGHTS, LPIPS, PRESETS, CheckpointError, ESRGANPerceptual,
+                     LiteVAE, PatchDiscriminator, StyleGANDiscriminator, UNetDiscriminator, adaptive_weight,
                      autoencoder_loss, build_autoencoder, discriminator_loss, gradient_norms, hinge_d_loss,
                      hinge_g_loss, ldl_loss, load_checkpoint, logistic_d_loss, logistic_g_loss, one_line,
                      save_checkpoint)
@@ -89,6 +89,11 @@ PAPER = dict(
     perceptual="lpips", discriminator="unet", save_every=2_000, log_every=50)
 
 PERCEPTUAL = {"lpips": LPIPS, "esrgan": ESRGANPerceptual}
+DISCRIMINATORS = {
+    "unet": lambda args: UNetDiscriminator(args.disc_channels),
+    "stylegan": lambda args: StyleGANDiscriminator(args.resolution, args.disc_channels),
+    "patchgan": lambda args: PatchDiscriminator(args.disc_channels),
+    "none": lambda args: None}
 ADVERSARIAL = {"hinge": (hinge_g_loss, hinge_d_loss), "logistic": (logistic_g_loss, logistic_d_loss)}
 
 # Options stored in the autoencoder's config: of every model's decoder, and of LiteVAE's encoder.
@@ -108,11 +113,9 @@ TRAINED = Path(__file__).with_name("assets") / "litevae-s.pt"  # to try; assets/
 
 
 def main(argv=None):
-    def work():
-        args, checkpoint = parse_args(argv)
-        machine = Machine(args.device, args.precision)
-        return fit(*prepare(args, machine, checkpoint))
-    return run_script("train.py", work)
+    args, checkpoint = parse_args(argv)
+    machine = Machine(args.device, args.precision)
+    return fit(*prepare(args, machine, checkpoint))
 
 
 def parse_args(argv=None):
@@ -157,14 +160,14 @@ CHANGEABLE = {"steps", "save_every", "log_every", "workers", "device", "precisio
               "clip", "resume", "out"}
 
 
-def merge(typed, recipe, load=load_checkpoint):
+def merge(typed, recipe, format=CHECKPOINT_FORMAT):
     """A recipe's options, or with --resume the run's, updated by those typed; and the run's checkpoint or None."""
     path = Path(typed["out"], "checkpoint.pt")
     if not typed.get("resume"):
         if path.exists():
             raise UsageError(f"{typed['out']} already holds a run: go on with --resume, or choose another --out")
         return {**recipe, **typed}, None
-    checkpoint = load(path)
+    checkpoint = load_checkpoint(path, format)
     try:
         kept, done = {**recipe, **checkpoint["args"]}, int(checkpoint["step"])  # it may be older than an option
     except (KeyError, TypeError, ValueError):
@@ -213,7 +216,7 @@ def build_parser():
     add = group("Table 15: locally discriminative learning")
     add("--weight-ldl", type=non_negative, help="weight of the LDL loss, 1 in its paper; 0 leaves it out")
     add = group("Table 10: discriminator")
-    add("--discriminator", choices=["unet", "stylegan", "patchgan", "none"], help="stylegan is StyleGAN2's")
+    add("--discriminator", choices=list(DISCRIMINATORS), help="stylegan is StyleGAN2's")
     add("--disc-channels", type=positive_int, help="channels of the discriminator at full resolution")
     add("--disc-start", type=natural, help="step from which the adversarial loss counts (default: a quarter of "
         "--steps, or 0 if --init brings a trained discriminator)")
@@ -310,7 +313,7 @@ def prepare(args, machine, checkpoint):
     dataset, held_out = open_images(args, DeadLeaves)
     try:
         vae = LiteVAE.from_checkpoint(checkpoint) if checkpoint else build_autoencoder(config_of(args))
-        discriminator = build_discriminator(args)
+        discriminator = DISCRIMINATORS[args.discriminator](args)
     except ValueError as error:  # a checkpoint, a resolution or a latent that does not fit
         raise UsageError(str(error))
     check_resolution(vae, args.resolution)
@@ -336,7 +339,7 @@ def prepare(args, machine, checkpoint):
 
     kind = AblationTask if args.weight_ldl or args.adaptive_weight or args.grad_ratio else AutoencoderTask
     task = kind(args, machine, vae, held_out, perceptual, discriminator)
-    return task, dataset, resume(task, checkpoint) if args.resume else 0
+    return task, dataset, task.resume(checkpoint) if args.resume else 0
 
 
 def check_resolution(vae, resolution):
@@ -407,14 +410,6 @@ def fit(task, dataset, start):
     if main:
         print(f"stopped after step {done} of {args.steps}: go on with --resume --out {args.out}")
     return 128 + (received[0] if received else signal.SIGTERM)
-
-
-def resume(task, checkpoint):
-    """The step from which the run in a checkpoint goes on, with its state in the task. CheckpointError."""
-    try:
-        return task.resume(checkpoint)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint's training state does not fit its model ({one_line(error)})") from None
 
 
 # --- 4  The step (Eq. 1, Sec. 4.3) --------------------------------------------------------------------
@@ -581,14 +576,6 @@ def config_of(args):
     if all(config[key] == COMMON[key] for key in VARIANT):
         return {key: config[key] for key in (*DECODER, "size", "use_1x1_conv")}
     return {**config, "model": "litevae-variant", "resolution": args.resolution if args.aggregator == "vit" else None}
-
-
-def build_discriminator(args):
-    if args.discriminator == "none":
-        return None
-    if args.discriminator == "stylegan":
-        return StyleGANDiscriminator(args.resolution, args.disc_channels)
-    return {"unet": UNetDiscriminator, "patchgan": PatchDiscriminator}[args.discriminator](args.disc_channels)
 
 
 class AblationTask(AutoencoderTask):
@@ -951,14 +938,7 @@ def flag(key):
 
 
 def load_optimizer(optimizer, state):
-    """Take up the moments of a checkpoint; learning rate and the like come from the options. ValueError."""
-    parameters = optimizer.param_groups[0]["params"]
-    for i, moments in state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].shape != parameters[i].shape:
-                raise ValueError("the optimiser's state is that of another model")
-            # Fused Adam walks through memory without a look at strides, which other versions saved differently.
-            moments[name] = torch.empty_like(parameters[i]).copy_(moments[name])
+    """Take up the moments of a checkpoint; learning rate and the like come from the options."""
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -1020,13 +1000,14 @@ class Log:
         os.replace(partial, self.path)
 
 
-def run_script(name, work):
-    """The exit status of work(). Invalid input is printed as one sentence, with status 1; Ctrl-C gives status 130."""
+def run_script(main, argv=None):
+    """The exit status of main(argv): 1 after invalid input, which is printed as one sentence, 130 after Ctrl-C."""
+    name = Path(sys.modules[main.__module__].__file__).name
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names that a terminal cannot print
     try:
-        return work()
+        return main(argv)
     except (UsageError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # The words of an error in a loader's process stand in the last line, behind its class.
@@ -1158,4 +1139,4 @@ def shape(name, size, rng):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))
