@@ -1432,6 +1432,7 @@ def test_options_choose_what_they_name_and_a_checkpoint_keeps_it(options, name, 
     vae = LiteVAE.from_checkpoint(tmp_path / "checkpoint.pt")
     chosen = {key: getattr(getattr(task, key), "__name__", type(getattr(task, key))) for key in expected}
     assert finite and vae.name == name and chosen == expected
+    assert task.discriminator is None or len(next(task.discriminator.parameters())) == 8  # its width
     assert_same_weights(vae.state_dict(), task.ema.model.state_dict())
 
 
