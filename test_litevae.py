@@ -527,17 +527,6 @@ def test_part_one_works_without_part_two():
     assert module["LiteVAE"]("S", decoder_channels=8)(torch.zeros(1, 3, 8, 8)).sample.isfinite().all()
 
 
-def test_encoder_and_decoder_export_with_any_batch_and_size():
-    vae, x, z = small_vae().eval(), image_batch(3, 3, 40, 16), torch.randn(3, 4, 5, 2)
-    B, h, w = (torch.export.Dim(name, min=1, max=8) for name in "Bhw")
-
-    encoder = torch.export.export(vae.encoder, (image_batch(2, 3, 24, 32),),
-                                  dynamic_shapes=({0: B, 2: 8 * h, 3: 8 * w},))
-    decoder = torch.export.export(vae.decoder, (torch.randn(2, 4, 3, 4),), dynamic_shapes=({0: B, 2: h, 3: w},))
-
-    close([encoder.module()(x), decoder.module()(z)], [vae.encoder(x), vae.decoder(z)])
-
-
 # --- 6  Losses: Eq. 1 is written out below, with the runs of train.py ----------------------------------
 
 
@@ -1898,7 +1887,7 @@ def test_mmd_command_measures_scaled_latents(vae_file, tmp_path):
 def test_cost_measures_every_encoder_and_its_ratios(precision, size, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "ENCODERS", {k: v for k, v in evaluation.ENCODERS.items() if k[-1] in "ES"})
     speeds = {"SD-VAE": [1, 10, 2], "LiteVAE-S": [3, 20, 20]}  # within a round 3, 2 and 10 times as fast
-    monkeypatch.setattr(evaluation, "throughput", lambda encoders, image, rounds: speeds)
+    monkeypatch.setattr(evaluation, "throughput", lambda *how: not torch.is_grad_enabled() and speeds)
     monkeypatch.setattr(evaluation, "peak_memory", lambda encoder, image: count(encoder) * image.element_size())
 
     found = measured(tmp_path, "cost", "--resolution", 16, "--batch-size", 1, "--precision", precision)["encoders"]
