@@ -414,7 +414,7 @@ def prepare(args, machine, checkpoint):
     torch.manual_seed(args.seed)
     dataset, held_out = train.open_images(args, train.Shapes, label)
     if args.resume:
-        denoiser, vae = build(checkpoint, ema=False)
+        denoiser, vae = build(checkpoint)
     else:
         vae = LiteVAE.from_checkpoint(checkpoint)
         train.check_resolution(vae, args.resolution)
@@ -514,9 +514,9 @@ def save_ldm(path, denoiser, ema, vae, classes, resolution, **extra):
         "vae": {"config": dict(vae.config), "model": dict(vae.state_dict())}, **extra})
 
 
-def build(checkpoint, ema=True):
-    """The Denoiser, with EMA weights or without, and the autoencoder of a checkpoint. CheckpointError."""
-    denoiser = load_weights(lambda: Denoiser(UNet(**checkpoint["config"])), checkpoint["ema" if ema else "model"])
+def build(checkpoint):
+    """The Denoiser, with the EMA weights, and the autoencoder of a checkpoint. CheckpointError."""
+    denoiser = load_weights(lambda: Denoiser(UNet(**checkpoint["config"])), checkpoint["ema"])
     return denoiser, LiteVAE.from_checkpoint(checkpoint["vae"])
 
 
